@@ -1,0 +1,46 @@
+"""Names to bytes: versioned, verified repositories of small files."""
+
+from mttl_storage.batch import Batch
+from mttl_storage.collecting import Collected
+from mttl_storage.copying import copy
+from mttl_storage.errors import (
+    Conflict,
+    Corrupt,
+    Denied,
+    NotFound,
+    ReadOnly,
+    StorageError,
+    StorageFull,
+    Throttled,
+)
+from mttl_storage.items import FileEntry, Item
+from mttl_storage.log import Change, Commit
+from mttl_storage.names import check_name
+from mttl_storage.repository import Repository
+from mttl_storage.store import filesystem
+from mttl_storage.uri import Address, parse_uri
+from mttl_storage.verification import Problem
+
+__all__ = [
+    "Address",
+    "Batch",
+    "Change",
+    "Collected",
+    "Commit",
+    "Conflict",
+    "Corrupt",
+    "Denied",
+    "FileEntry",
+    "Item",
+    "NotFound",
+    "Problem",
+    "ReadOnly",
+    "Repository",
+    "StorageError",
+    "StorageFull",
+    "Throttled",
+    "check_name",
+    "copy",
+    "filesystem",
+    "parse_uri",
+]

@@ -1,0 +1,74 @@
+"""One commit: store the files, then publish the log entry, rebasing when another was first."""
+
+import datetime
+import random
+import time
+import uuid
+
+from mttl_storage.errors import Throttled
+from mttl_storage.intents import Intent, plan
+from mttl_storage.log import SNAPSHOT_EVERY, Log, LogEntry, entry_key
+from mttl_storage.sealed import digest_of, seal
+from mttl_storage.state import State
+from mttl_storage.store.base import Upload
+
+PATIENCE = 120.0
+"""Seconds to go on trying while other writers are faster."""
+LONGEST_PAUSE = 0.25
+STALE = 60.0
+"""Seconds after which staged files are renewed before publishing, so that gc spares them."""
+
+
+def commit(log: Log, base: State, intents: list[Intent], message: str = "") -> State:
+    """The newest state, in which all intents are true.
+
+    Args:
+        log: of the repository.
+        base: the state in which the writer decided; it is changed by no one.
+        intents: done in order, all or none.
+        message: for the history.
+    """
+    transaction = uuid.uuid4().hex
+    files: dict[str, Upload] = {}
+    for intent in intents:
+        files.update(intent.files)
+    staged: float | None = None
+    state, began, attempt = base, time.monotonic(), 0
+    while True:
+        draft = state.successor("", _now())
+        changes = plan(intents, base, state, draft)
+        if not changes:
+            newest = log.newest(state)
+            if newest.generation == state.generation:
+                return state
+            state = newest
+            continue
+        if files and (staged is None or time.monotonic() - staged > STALE):
+            log.store.stage(files)
+            staged = time.monotonic()
+        entry = LogEntry(draft.generation, state.chain, draft.time, message, transaction, changes)
+        if _published(log, entry):
+            draft.chain = digest_of(entry.to_bytes())
+            if draft.generation % SNAPSHOT_EVERY == 0:
+                log.write_snapshot(draft)
+            return draft
+        if time.monotonic() - began > PATIENCE:
+            raise Throttled(
+                f"{log.store.address!r}: other writers were faster {attempt + 1} times in "
+                f"{PATIENCE:.0f} s; try again, or put several changes into one batch"
+            )
+        state = log.newest(state)
+        time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.002 * 2**attempt)))  # noqa: S311
+        attempt += 1
+
+
+def _published(log: Log, entry: LogEntry) -> bool:
+    """Whether the entry is in the log, now or since an earlier try whose answer was lost."""
+    if log.store.publish(entry_key(entry.generation), seal(entry.to_bytes())):
+        return True
+    found = log.entry(entry.generation)
+    return found is not None and found[0].transaction == entry.transaction
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")

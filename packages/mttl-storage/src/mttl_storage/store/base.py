@@ -1,0 +1,259 @@
+"""What a repository asks of a backend, beside the fsspec interface.
+
+A store is a folder of relative keys. Every write is whole: a reader sees the old bytes or the new.
+"""
+
+import hashlib
+import io
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar, cast
+
+from fsspec import AbstractFileSystem
+
+from mttl_storage.errors import Corrupt
+
+WORKERS = 8
+"""Uploads and downloads in flight at once."""
+CHUNK = 1 << 20
+
+Source = bytes | Path
+_Key = TypeVar("_Key")
+
+
+class Upload(NamedTuple):
+    """One file to store: where it comes from, and what must arrive."""
+
+    source: Source
+    size: int
+    sha256: str
+
+
+class Entry(NamedTuple):
+    """One stored file in a listing; ``version`` changes whenever the file is written or renewed."""
+
+    key: str
+    size: int
+    time: float
+    version: str
+
+
+class Store(AbstractFileSystem):  # type: ignore[misc]
+    """An fsspec filesystem rooted at ``root``, with the verbs that fsspec lacks.
+
+    Reading is ``cat_file(key)`` and whole writing ``pipe_file(key, data)``, as in fsspec. A missing
+    key is NotFound, which is also FileNotFoundError.
+    """
+
+    root_marker = ""
+    cachable = False
+    root: str
+    scheme: str
+    on_disk = False
+    """Whether ``local_path`` gives the stored file itself."""
+
+    @property
+    def address(self) -> str:
+        """The canonical address, without credentials."""
+        return f"{self.scheme}://{self.root}"
+
+    def address_of(self, key: str) -> str:
+        """The address of one key, for messages."""
+        return f"{self.address.rstrip('/')}/{key}"
+
+    @abstractmethod
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Create a file with these bytes; False, and nothing done, if the key is taken."""
+
+    @abstractmethod
+    def version(self, key: str) -> str:
+        """What changes whenever the file is written or renewed."""
+
+    @abstractmethod
+    def compare_and_swap(self, key: str, data: bytes, expected: str | None) -> str:
+        """Write only if the version is still ``expected`` (None: only if absent), else Conflict.
+
+        Returns:
+            The new version.
+        """
+
+    @abstractmethod
+    def renew(self, key: str) -> Entry | None:
+        """Make the file as young as one just written, so that gc spares it; None if absent."""
+
+    @abstractmethod
+    def delete_if_unchanged(self, key: str, version: str) -> bool:
+        """Delete a file unless it was written or renewed since; whether it was deleted."""
+
+    @abstractmethod
+    def scan(self, prefix: str = "") -> Iterator[Entry]:
+        """Every file under a folder, in no order, without what is half written."""
+
+    @abstractmethod
+    def read_chunks(self, key: str) -> Iterator[bytes]:
+        """The file in chunks of at most CHUNK bytes."""
+
+    @abstractmethod
+    def check_writable(self) -> None:
+        """Raise ReadOnly or Denied if nothing can be written."""
+
+    def tidy(self, cutoff: float) -> int:
+        """Remove what writers that were killed before a time left half written; how many files."""
+        return 0
+
+    def local_path(self, key: str) -> Path:
+        """The stored file on the local disk; only where ``on_disk``."""
+        raise NotImplementedError(f"files of {self.address} are not on the local disk")
+
+    def item_folder(self, home: str, digest: str) -> str:
+        """Where the files of an item lie, by its first name and its digest."""
+        return f"{home}/{digest}"
+
+    def stage(self, files: Mapping[str, Upload]) -> None:
+        """Store the files of a commit to come. A file that is there and right is only renewed."""
+        in_parallel(lambda key: self._upload(key, files[key]), files)
+
+    def publish(self, key: str, data: bytes) -> bool:
+        """Make a staged commit visible by creating its log entry; False if the key is taken."""
+        return self.put_if_absent(key, data)
+
+    @abstractmethod
+    def _upload(self, key: str, upload: Upload) -> None:
+        """Store one file; ``_is_stored`` says when that is not needed."""
+
+    def _is_stored(self, key: str, upload: Upload) -> bool:
+        """Whether the file is there with the right bytes; it is renewed first, so it stays."""
+        entry = self.renew(key)
+        return entry is not None and entry.size == upload.size and self.sha256(key) == upload.sha256
+
+    def sha256(self, key: str) -> str:
+        """The SHA-256 of the stored bytes, read in full."""
+        hashed = hashlib.sha256()
+        for chunk in self.read_chunks(key):
+            hashed.update(chunk)
+        return hashed.hexdigest()
+
+    def check(self, key: str, size: int, sha256: str) -> None:
+        """Raise Corrupt unless the stored bytes, read in full, have this size and digest."""
+        hashed, found = hashlib.sha256(), 0
+        for chunk in self.read_chunks(key):
+            hashed.update(chunk)
+            found += len(chunk)
+        self._compare(key, size, sha256, found, hashed.hexdigest())
+
+    def read_all(self, keys: Sequence[str]) -> list[bytes | None]:
+        """The bytes of several small files, None for each that is missing."""
+        return [self._read_or_none(key) for key in keys]
+
+    def _read_or_none(self, key: str) -> bytes | None:
+        try:
+            data: bytes = self.cat_file(key)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return data
+
+    def read_verified(self, key: str, size: int, sha256: str) -> bytes:
+        """The bytes of a file, or Corrupt if they are not those that were written."""
+        data: bytes = self.cat_file(key)
+        self._compare(key, size, sha256, len(data), hashlib.sha256(data).hexdigest())
+        return data
+
+    def _compare(self, key: str, size: int, sha256: str, found: int, found_sha256: str) -> None:
+        if (found, found_sha256) != (size, sha256):
+            raise Corrupt(
+                f"{self.address_of(key)!r} is damaged: expected {size} bytes with SHA-256 "
+                f"{sha256}, found {found} bytes with {found_sha256}; add the same files again, "
+                "or copy the item from another repository"
+            )
+
+    # What fsspec builds on.
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        if isinstance(path, list):
+            return [cls._strip_protocol(each) for each in path]
+        text = str(path).removeprefix(f"{cls.scheme}://")
+        parts = [part for part in text.split("/") if part not in ("", ".")]
+        if ".." in parts or "\0" in text:
+            raise ValueError(f"the path {text!r} contains '..' or NUL, which could leave its root")
+        return "/".join(parts)
+
+    def unstrip_protocol(self, name: str) -> str:
+        """The full address of a path."""
+        return self.address_of(self._strip_protocol(name))
+
+    def open(self, path: str, mode: str = "rb", *args: Any, **kwargs: Any) -> IO[Any]:
+        """A file object; what was written is there once closed, and not if the block raised."""
+        if "b" in mode or "compression" in kwargs:
+            return super().open(path, mode, *args, **kwargs)  # type: ignore[no-any-return]
+        options = {k: kwargs.pop(k) for k in ("encoding", "errors", "newline") if k in kwargs}
+        binary = super().open(path, mode.replace("t", "") + "b", *args, **kwargs)
+        return _TextFile(binary, **options)
+
+    def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
+        """Delete files, and folders with all they hold if ``recursive``."""
+        for found in reversed(self.expand_path(path, recursive=recursive, maxdepth=maxdepth)):
+            if not self.isdir(found):
+                self.rm_file(found)
+            elif recursive:
+                if found:
+                    self.rmdir(found)
+            else:
+                raise IsADirectoryError(f"{found!r} is a folder; pass recursive=True to delete it")
+
+    def touch(self, path: str, truncate: bool = True, **kwargs: Any) -> None:
+        """Create an empty file, empty it, or with ``truncate=False`` only renew its time."""
+        if truncate or self.renew(self._strip_protocol(path)) is None:
+            self.pipe_file(path, b"")
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        """Write a whole file; mode "create" raises FileExistsError if it is there."""
+        key = self._strip_protocol(path)
+        if mode != "create":
+            self._replace(key, bytes(value))
+        elif not self.put_if_absent(key, bytes(value)):
+            raise FileExistsError(f"{self.address_of(key)!r} exists")
+
+    @abstractmethod
+    def _replace(self, key: str, data: bytes) -> None: ...
+
+
+def verified(upload: Upload) -> Iterator[bytes]:
+    """The bytes of an upload in chunks; ValueError at the end if they changed since hashing."""
+    if isinstance(upload.source, bytes):
+        yield upload.source
+        return
+    hashed = hashlib.sha256()
+    with upload.source.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            hashed.update(chunk)
+            yield chunk
+    if hashed.hexdigest() != upload.sha256:
+        raise ValueError(f"{str(upload.source)!r} changed while it was being added; add it again")
+
+
+def in_parallel(action: Callable[[_Key], object], keys: Iterable[_Key]) -> None:
+    """Call an action for each key, WORKERS at once; after an error no further call begins."""
+    keys = list(keys)
+    if len(keys) < 2:
+        for key in keys:
+            action(key)
+        return
+    with ThreadPoolExecutor(min(WORKERS, len(keys))) as pool:
+        futures = [pool.submit(action, key) for key in keys]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _TextFile(io.TextIOWrapper):
+    def __exit__(self, *error: Any) -> None:
+        if error[0]:
+            cast(Any, self.buffer).__exit__(*error)
+        else:
+            self.close()
