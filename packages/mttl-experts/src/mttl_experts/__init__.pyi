@@ -1,0 +1,95 @@
+from .artifacts import (
+    Artifact as Artifact,
+)
+from .artifacts import (
+    Artifacts as Artifacts,
+)
+from .compatible import (
+    check_compatible as check_compatible,
+)
+from .compatible import (
+    check_targets as check_targets,
+)
+from .errors import (
+    ExpertExistsError as ExpertExistsError,
+)
+from .errors import (
+    ExpertNotFoundError as ExpertNotFoundError,
+)
+from .errors import (
+    IncompatibleExpertError as IncompatibleExpertError,
+)
+from .errors import (
+    IncompatibleExpertWarning as IncompatibleExpertWarning,
+)
+from .errors import (
+    UnsupportedAdapterError as UnsupportedAdapterError,
+)
+from .expert import (
+    Expert as Expert,
+)
+from .expert import (
+    ExpertInfo as ExpertInfo,
+)
+from .library import (
+    ExpertLibrary as ExpertLibrary,
+)
+from .library import (
+    LocalExpertLibrary as LocalExpertLibrary,
+)
+from .library import (
+    VirtualLocalLibrary as VirtualLocalLibrary,
+)
+from .plain import (
+    recipe_digest as recipe_digest,
+)
+from .scores import (
+    Score as Score,
+)
+from .scores import (
+    Scores as Scores,
+)
+from .spectral import (
+    LoraFactors as LoraFactors,
+)
+from .spectral import (
+    SpectralForm as SpectralForm,
+)
+from .spectral import (
+    inner_product as inner_product,
+)
+from .spectral import (
+    lora_modules as lora_modules,
+)
+from .spectral import (
+    spectral_form as spectral_form,
+)
+from .spectral import (
+    spectral_forms as spectral_forms,
+)
+
+__all__ = [
+    "Artifact",
+    "Artifacts",
+    "Expert",
+    "ExpertExistsError",
+    "ExpertInfo",
+    "ExpertLibrary",
+    "ExpertNotFoundError",
+    "IncompatibleExpertError",
+    "IncompatibleExpertWarning",
+    "LocalExpertLibrary",
+    "LoraFactors",
+    "Score",
+    "Scores",
+    "SpectralForm",
+    "UnsupportedAdapterError",
+    "VirtualLocalLibrary",
+    "check_compatible",
+    "check_targets",
+    "inner_product",
+    "lora_modules",
+    "recipe_digest",
+    "spectral_form",
+    "spectral_forms",
+]

@@ -1,0 +1,261 @@
+"""What an expert is: plain facts about an adapter, and its tensors under their PEFT names.
+
+How experts are kept is in ``library.py``; what a LoRA expert is as mathematics in ``spectral.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mttl_storage import FileEntry
+from mttl_storage.items import content_digest
+from torch import Tensor
+
+from mttl_experts.plain import plain
+from mttl_experts.tensors import to_safetensors
+
+FORMAT = 1
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class ExpertInfo:
+    """Facts about one expert, as plain data. Only the name is needed.
+
+    Configs and metrics are copied and made plain on the way in: sets become sorted lists, enums
+    their values, so a PEFT config's ``to_dict()`` can be given as it is.
+
+    Attributes:
+        expert_name: unique in its library.
+        expert_task_name: the task it was trained on, or several.
+        parent_node: the expert or cluster it was made from, and ``parents`` where there are more.
+        expert_config: PEFT's ``adapter_config.json``.
+        training_config: how it was trained.
+        expert_model: id of its base model, such as ``"microsoft/phi-2"``.
+        model_revision: revision of the base.
+        model_fingerprint: digest of the base's weights.
+        tokenizer_digest: and ``template_digest``: of the tokenizer and its chat template.
+        dataset_digest: of the rows it was trained on.
+        recipe_digest: of everything that decides what it is.
+        metrics: measured numbers by name.
+        licence: such as ``"apache-2.0"``.
+        tags: free words.
+        created: ISO 8601 time.
+        extra: keys that this version does not know, kept as they came.
+    """
+
+    expert_name: str
+    expert_task_name: str | tuple[str, ...] | None = None
+    parent_node: str | None = None
+    parents: tuple[str, ...] = ()
+    expert_config: dict[str, Any] | None = None
+    training_config: dict[str, Any] | None = None
+    expert_model: str | None = None
+    model_revision: str | None = None
+    model_fingerprint: str | None = None
+    tokenizer_digest: str | None = None
+    template_digest: str | None = None
+    dataset_digest: str | None = None
+    recipe_digest: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    licence: str | None = None
+    tags: tuple[str, ...] = ()
+    created: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check each field's type and take plain copies."""
+        if not isinstance(self.expert_name, str) or not self.expert_name:
+            raise _wrong_type("expert_name", "a non-empty string", self.expert_name)
+        for name in _TEXTS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise _wrong_type(name, "a string or None", value)
+        for name in _LISTS:
+            value = getattr(self, name)
+            if type(value) is not tuple or value:
+                object.__setattr__(self, name, _names(name, value))
+        if isinstance(self.expert_task_name, (list, tuple)):
+            tasks = _names("expert_task_name", self.expert_task_name)
+            object.__setattr__(self, "expert_task_name", tasks)
+        elif self.expert_task_name is not None and not isinstance(self.expert_task_name, str):
+            raise _wrong_type("expert_task_name", "a string or several", self.expert_task_name)
+        for name, optional in _TABLES.items():
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            if not isinstance(value, Mapping):
+                raise _wrong_type(name, "a dict of plain data", value)
+            object.__setattr__(self, name, plain(value, f"ExpertInfo.{name}"))
+        clash = sorted(self.extra.keys() & {*_FIELDS, "format"})
+        if clash:
+            raise ValueError(f"ExpertInfo.extra holds {clash[0]!r}, which has a place of its own")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of its tasks: none, one or several."""
+        if self.expert_task_name is None:
+            return ()
+        if isinstance(self.expert_task_name, str):
+            return (self.expert_task_name,)
+        return self.expert_task_name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``from_dict`` turns back into an equal ExpertInfo; no unset fields."""
+        data: dict[str, Any] = {"format": FORMAT}
+        for name, default in _FIELDS.items():
+            value = getattr(self, name)
+            if value != default:
+                data[name] = plain(value)
+        data.update(plain(self.extra))
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ExpertInfo:
+        """The ExpertInfo that ``to_dict`` gave; keys it does not know go to ``extra``.
+
+        Raises:
+            TypeError: naming the field that has a wrong type.
+            ValueError: when a newer version of this package wrote it.
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"an expert's info is a dict, not {type(data).__name__}: {data!r}")
+        version = data.get("format", FORMAT)
+        if type(version) is not int or version < 1:
+            raise _wrong_type("format", "a whole number from 1", version)
+        if version > FORMAT:
+            raise ValueError(
+                f"expert {data.get('expert_name')!r} has info of format {version}, this version "
+                f"reads up to {FORMAT}; upgrade mttl-experts"
+            )
+        known: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
+        for name, value in data.items():
+            if name in _FIELDS:
+                known[name] = value
+            elif name != "format":
+                extra[name] = value
+        if "expert_name" not in known:
+            raise TypeError("ExpertInfo.expert_name is missing; it takes a non-empty string")
+        return cls(**known, extra=extra)
+
+
+_TEXTS = (
+    "parent_node",
+    "expert_model",
+    "model_revision",
+    "model_fingerprint",
+    "tokenizer_digest",
+    "template_digest",
+    "dataset_digest",
+    "recipe_digest",
+    "licence",
+    "created",
+)
+_LISTS = ("parents", "tags")
+_TABLES = {"expert_config": True, "training_config": True, "metrics": False, "extra": False}
+# Field name to the value that to_dict leaves out.
+_FIELDS: dict[str, Any] = {
+    f.name: {} if f.name == "metrics" else f.default
+    for f in dataclasses.fields(ExpertInfo)
+    if f.name != "extra"
+}
+
+
+def _wrong_type(name: str, wanted: str, value: object) -> TypeError:
+    return TypeError(f"ExpertInfo.{name} takes {wanted}, not {type(value).__name__}: {value!r}")
+
+
+def _names(name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) for part in value):
+        raise _wrong_type(name, "several strings", value)
+    return tuple(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """An adapter: its facts, and its tensors under their PEFT names.
+
+    Without weights it may be stored too: facts first, weights later. Tensors that came from a
+    library are read when first used, and are not to be changed in place.
+
+    Attributes:
+        expert_info: the facts.
+        expert_weights: tensors by name, ``base_model.model.<module>.lora_A.weight`` being (r, i)
+            and ``….lora_B.weight`` (o, r); None when there are none yet.
+    """
+
+    expert_info: ExpertInfo
+    expert_weights: Mapping[str, Tensor] | None = None
+    # Set by the library for weights that it keeps. Not an argument, so that a changed copy made by
+    # dataclasses.replace never carries the digest of what it was made from.
+    _digest: str | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the types."""
+        if not isinstance(self.expert_info, ExpertInfo):
+            raise TypeError(
+                f"Expert.expert_info takes an ExpertInfo, not {type(self.expert_info).__name__}"
+            )
+        if self.expert_weights is not None and not isinstance(self.expert_weights, Mapping):
+            raise TypeError(
+                "Expert.expert_weights takes tensors by name, not "
+                f"{type(self.expert_weights).__name__}"
+            )
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.expert_info.expert_name
+
+    @property
+    def digest(self) -> str:
+        """Digest of its weights and adapter config: equal exactly when those are equal.
+
+        It is the digest of the library item, so it says nothing of name, tags or metrics.
+        """
+        if self._digest is not None:
+            return self._digest
+        return content_digest(
+            {
+                file: FileEntry(len(content), hashlib.sha256(content).hexdigest())
+                for file, content in self.files().items()
+            }
+        )
+
+    def files(self) -> dict[str, bytes]:
+        """The PEFT folder it is kept as: file name to bytes; empty while it has no weights.
+
+        Raises:
+            ValueError: when there are weights without a config, or no tensor in them.
+        """
+        if self.expert_weights is None:
+            return {}
+        if not self.expert_weights:
+            raise ValueError(
+                f"expert {self.name!r} has no tensor in its weights, so it would change nothing; "
+                "leave expert_weights out to store its facts alone"
+            )
+        config = self.expert_info.expert_config
+        if config is None:
+            raise ValueError(
+                f"expert {self.name!r} has weights but no ExpertInfo.expert_config, without which "
+                "nobody can tell its scaling; give PEFT's adapter config as plain data"
+            )
+        if self.expert_info.expert_model is not None:
+            config = config | {"base_model_name_or_path": self.expert_info.expert_model}
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return {CONFIG_FILE: text.encode(), WEIGHTS_FILE: to_safetensors(self.expert_weights)}
+
+
+def stored_expert(info: ExpertInfo, weights: Mapping[str, Tensor] | None, digest: str) -> Expert:
+    """An expert whose digest is known because a library keeps these very bytes."""
+    expert = Expert(info, weights)
+    object.__setattr__(expert, "_digest", digest)
+    return expert

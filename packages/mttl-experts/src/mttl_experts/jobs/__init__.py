@@ -1,0 +1,11 @@
+"""What a job needs around it when it runs as a command line: options, progress, a record.
+
+For apps; it needs the extra ``mttl-experts[jobs]`` (click and rich), and nothing else in this
+package imports it.
+"""
+
+from mttl_experts.jobs.command import JobCommand, known_errors
+from mttl_experts.jobs.progress import bar, console
+from mttl_experts.jobs.record import write_json
+
+__all__ = ["JobCommand", "bar", "console", "known_errors", "write_json"]

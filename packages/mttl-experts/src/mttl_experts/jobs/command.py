@@ -1,0 +1,185 @@
+"""A click command whose options can also be given by key: ``-c a.json+b.json -k key=value …``.
+
+Config files are read from left to right, then the pairs of ``-k``; a flag on the command line wins
+over both. An option's key is its name, or an older name for it; a key that nobody knows is an
+error, never ignored.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+
+INTERRUPTED = 130
+
+
+class JobCommand(click.Command):
+    """A command with ``-c`` and ``-k`` for all of its options.
+
+    Args:
+        aliases: older name of a key -> name of the option that it sets.
+    """
+
+    def __init__(self, *args: Any, aliases: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        """Add the two options to those declared."""
+        super().__init__(*args, **kwargs)
+        self.aliases = dict(aliases or {})
+        self.params += [
+            click.Option(
+                ["-c", "configs"],
+                metavar="A.json+B.json",
+                help="Config files, the later ones winning; looked up as given, then in "
+                "$CONFIG_PATH and in configs/.",
+            ),
+            click.Option(
+                ["-k", "pairs"],
+                metavar="KEY=VALUE ...",
+                multiple=True,
+                help="Options by name: any of the above, or one of "
+                + ", ".join(sorted(self.aliases))
+                + ".",
+            ),
+        ]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the files and pairs into the context's defaults, then the flags as usual."""
+        args = list(_one_pair_each(args))
+        configs = [value for flag, value in _values(args) if flag == "-c"]
+        pairs = [value for flag, value in _values(args) if flag == "-k"]
+        own = {p.name: p.name for p in self.params if p.name and p.name not in _OWN}
+        keys = own | self.aliases
+        defaults: dict[str, Any] = dict(ctx.default_map or {})
+        for file in "+".join(configs).split("+") if configs else []:
+            path = find_config(file)
+            for key, value in read_config(path).items():
+                defaults[_known(key, keys, str(path))] = value
+        for pair in pairs:
+            key, equals, text = pair.partition("=")
+            if not equals:
+                raise click.UsageError(f"-k takes KEY=VALUE, got {pair!r}")
+            defaults[_known(key, keys, "-k")] = literal(text)
+        multiple = {p.name for p in self.params if isinstance(p, click.Option) and p.multiple}
+        ctx.default_map = {
+            name: [value] if name in multiple and isinstance(value, str) else value
+            for name, value in defaults.items()
+            if value is not None
+        }
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it without the two options, whose work is done."""
+        for name in _OWN:
+            ctx.params.pop(name, None)
+        return super().invoke(ctx)
+
+
+_OWN = ("configs", "pairs")
+
+
+def find_config(name: str) -> Path:
+    """Path of a config file: as given, in ``$CONFIG_PATH``, in ``configs/``; with or without .json.
+
+    Raises:
+        click.UsageError: there is none, naming the places looked at.
+    """
+    folders = [Path(), *(Path(p) for p in [os.environ.get("CONFIG_PATH")] if p), Path("configs")]
+    for folder in folders:
+        for ending in ("", ".json"):
+            path = folder / f"{name}{ending}"
+            if path.is_file():
+                return path
+    places = ", ".join(repr(str(folder)) for folder in folders)
+    raise click.UsageError(f"no config file {name!r} or {name + '.json'!r} in {places}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Keys and values of one config file.
+
+    Raises:
+        click.UsageError: it is not JSON, or not an object, naming file, line and column.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise click.UsageError(
+            f"config {str(path)!r} is not JSON: {error.msg} at {where}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"config {str(path)!r} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise click.UsageError(
+            f"config {str(path)!r} holds a {type(config).__name__}; it must be an object of keys"
+        )
+    return config
+
+
+def literal(text: str) -> Any:
+    """Value of ``text``: a Python or JSON literal, a ``$VARIABLE``, else the text itself.
+
+    Raises:
+        click.UsageError: the variable is not set.
+    """
+    if text.startswith("$"):
+        if text[1:] not in os.environ:
+            raise click.UsageError(f"the environment has no variable {text[1:]!r}")
+        return os.environ[text[1:]]
+    for word, value in (("true", True), ("false", False), ("null", None)):
+        if text == word:
+            return value
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+@contextmanager
+def known_errors(*kinds: type[BaseException]) -> Iterator[None]:
+    """One clear line for errors of these kinds, and for Ctrl-C; others keep their traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("\nStopped. Run the same command again to go on from where it was.", err=True)
+        raise SystemExit(INTERRUPTED) from None
+    except kinds as error:
+        # A KeyError shows its message in quotes.
+        text = error.args[0] if isinstance(error, LookupError) and error.args else error
+        raise click.ClickException(" ".join(str(text).split())) from error
+
+
+def _one_pair_each(args: Sequence[str]) -> Iterator[str]:
+    """``-k a=1 b=2`` as ``-k a=1 -k b=2``, which is what click understands."""
+    in_pairs = False
+    for arg in args:
+        if arg == "-k":
+            in_pairs = True
+            continue
+        if arg.startswith("-") and in_pairs:
+            in_pairs = False
+        if in_pairs:
+            yield "-k"
+        yield arg
+
+
+def _values(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each ``-c`` and ``-k`` with what follows it."""
+    for flag, value in pairwise(args):
+        if flag in ("-c", "-k"):
+            yield flag, value
+
+
+def _known(key: str, keys: Mapping[str, str], where: str) -> str:
+    if key in keys:
+        return keys[key]
+    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(keys)}"
+    raise click.UsageError(f"unknown key {key!r} in {where}; {hint}")
