@@ -1,0 +1,26 @@
+"""Base models, adapter kinds and their training: tensors in, tensors out."""
+
+from mttl_adapters.bank import Bank
+from mttl_adapters.base_models import BaseModel, BaseModelError, fingerprint, load_base_model
+from mttl_adapters.embedded import EMBEDDED_ID, EmbeddedModelError
+from mttl_adapters.kinds import linear_layers, lora_config
+from mttl_adapters.losses import labelled_loss, linear_cross_entropy
+from mttl_adapters.training import TrainedAdapter, TrainingConfig, mean_loss, train_adapter
+
+__all__ = [
+    "EMBEDDED_ID",
+    "Bank",
+    "BaseModel",
+    "BaseModelError",
+    "EmbeddedModelError",
+    "TrainedAdapter",
+    "TrainingConfig",
+    "fingerprint",
+    "labelled_loss",
+    "linear_cross_entropy",
+    "linear_layers",
+    "load_base_model",
+    "lora_config",
+    "mean_loss",
+    "train_adapter",
+]
