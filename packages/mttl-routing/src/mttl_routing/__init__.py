@@ -1,0 +1,24 @@
+"""Mixtures of experts: merging and routing."""
+
+from mttl_routing.merge import merge
+from mttl_routing.merges import MERGES, LowRank, Merge, MergeRule, Update
+from mttl_routing.routed_model import RoutedModel, apply_expert
+from mttl_routing.routers import ROUTERS, Arrow, Layer, Router, Rows, Task, Uniform
+
+__all__ = [
+    "MERGES",
+    "ROUTERS",
+    "Arrow",
+    "Layer",
+    "LowRank",
+    "Merge",
+    "MergeRule",
+    "RoutedModel",
+    "Router",
+    "Rows",
+    "Task",
+    "Uniform",
+    "Update",
+    "apply_expert",
+    "merge",
+]

@@ -1,0 +1,106 @@
+"""Where experts attach to a base model, and the refusals when they do not fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mttl_experts import Expert, IncompatibleExpertError, LoraFactors, check_compatible
+from torch import nn
+
+if TYPE_CHECKING:
+    from mttl_adapters.base_models import BaseModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Base:
+    """A transformers model and what is known of where it came from."""
+
+    model: Any
+    model_id: str | None = None
+    fingerprint: str | None = None
+    tokenizer_digest: str | None = None
+    template_digest: str | None = None
+
+
+def base_of(base_model: BaseModel | PreTrainedModel) -> Base:
+    """A loaded base; a bare transformers model knows its id only if it came from a hub."""
+    if not isinstance(base_model, nn.Module):
+        return Base(
+            model=base_model.model,
+            model_id=base_model.model_id,
+            fingerprint=base_model.fingerprint,
+            tokenizer_digest=base_model.tokenizer_digest,
+            template_digest=base_model.template_digest,
+        )
+    name = getattr(getattr(base_model, "config", None), "name_or_path", None) or ""
+    # A folder says nothing: the same base lies in another folder on another machine.
+    is_folder = Path(name).is_absolute() or Path(name).exists()
+    return Base(base_model, model_id=None if is_folder or not name else name)
+
+
+def attachment_points(
+    base: Base,
+    experts: Sequence[Expert],
+    table: Mapping[str, Sequence[LoraFactors | None]],
+) -> dict[str, nn.Module]:
+    """The base's module for each path of ``table``, in its order.
+
+    Args:
+        base: what to attach to.
+        experts: to be attached.
+        table: their factors by module path, as ``factors_by_module`` gives them.
+
+    Raises:
+        IncompatibleExpertError: an expert is for another base, adapts a module that this base does
+            not have or that is not linear, or has another shape than it.
+    """
+    for expert in experts:
+        check_compatible(
+            expert.expert_info,
+            base_id=base.model_id,
+            fingerprint=base.fingerprint,
+            tokenizer_digest=base.tokenizer_digest,
+            template_digest=base.template_digest,
+        )
+    modules = dict(base.model.named_modules(remove_duplicate=False))
+    for index, expert in enumerate(experts):
+        own = [path for path, column in table.items() if column[index] is not None]
+        absent = [path for path in own if path not in modules]
+        if absent:
+            what = f"lacks {len(absent)} of the {len(own)} modules that"
+            if len(absent) == len(own):
+                what = f"has none of the {len(own)} modules that"
+            raise IncompatibleExpertError(
+                f"the base model, a {type(base.model).__name__}, {what} expert {expert.name!r} "
+                f"adapts, such as {absent[0]!r}, so it would attach to nothing there; load the "
+                f"base that it was made for, {expert.expert_info.expert_model!r}"
+            )
+    for path, column in table.items():
+        index, factors = next((n, f) for n, f in enumerate(column) if f is not None)
+        found = _features(modules[path])
+        wanted = (factors.b.shape[0], factors.a.shape[1])
+        if found is None:
+            raise IncompatibleExpertError(
+                f"module {path!r} of the base model is a {type(modules[path]).__name__}; expert "
+                f"{experts[index].name!r} can be attached to linear modules alone"
+            )
+        if found != wanted:
+            raise IncompatibleExpertError(
+                f"module {path!r} is {found} (out, in) in the base model and {wanted} in expert "
+                f"{experts[index].name!r}; load the base that it was made for, "
+                f"{experts[index].expert_info.expert_model!r}"
+            )
+    return {path: modules[path] for path in table}
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear module, by what it says of itself, as a quantised weight would not."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    if hasattr(module, "nx") and hasattr(module, "nf"):  # transformers' Conv1D, as in GPT-2
+        return int(module.nf), int(module.nx)  # type: ignore[arg-type]
+    return None

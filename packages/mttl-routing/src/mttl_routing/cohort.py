@@ -1,0 +1,85 @@
+"""The experts that one merge or one routed model is made from: one base, and shapes that agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from mttl_experts import (
+    Expert,
+    ExpertLibrary,
+    IncompatibleExpertError,
+    LoraFactors,
+    check_compatible,
+    lora_modules,
+)
+
+Experts = Iterable[Expert] | Mapping[str, Expert] | ExpertLibrary
+
+
+def experts_of(source: Experts) -> list[Expert]:
+    """The experts of a library, of a mapping by name, or of any iterable, in its own order.
+
+    Raises:
+        ValueError: when there are none.
+        TypeError: naming what is no expert, such as a name.
+    """
+    values = source.values() if isinstance(source, (Mapping, ExpertLibrary)) else source
+    experts = list(values)
+    if not experts:
+        raise ValueError("no experts were given; give at least one, or a library that has some")
+    for expert in experts:
+        if not isinstance(expert, Expert):
+            raise TypeError(
+                f"got {expert!r} among the experts, a {type(expert).__name__}; give Expert objects "
+                "(library.get_expert(name) has them)"
+            )
+    return experts
+
+
+def check_one_base(experts: Sequence[Expert]) -> None:
+    """Refuse experts of different base models; warn where only the bases' digests differ.
+
+    Raises:
+        IncompatibleExpertError: naming two experts and their bases.
+    """
+    first = next((e for e in experts if e.expert_info.expert_model is not None), experts[0])
+    known = first.expert_info
+    for expert in experts:
+        info = expert.expert_info
+        if info.expert_model is not None and info.expert_model != known.expert_model:
+            raise IncompatibleExpertError(
+                f"experts {first.name!r} and {expert.name!r} were made for different base models, "
+                f"{known.expert_model!r} and {info.expert_model!r}; take experts of one base"
+            )
+        check_compatible(
+            info,
+            fingerprint=known.model_fingerprint,
+            tokenizer_digest=known.tokenizer_digest,
+            template_digest=known.template_digest,
+        )
+
+
+def factors_by_module(experts: Sequence[Expert]) -> dict[str, list[LoraFactors | None]]:
+    """LoRA factors of each module that any expert adapts, by module path, sorted.
+
+    Each list has one entry an expert, in the order given; None stands for a module that the expert
+    leaves alone, where its ΔW is zero.
+
+    Raises:
+        IncompatibleExpertError: when one module has two shapes, naming it and both.
+    """
+    of_expert = [lora_modules(expert) for expert in experts]
+    paths = sorted(set().union(*of_expert))
+    table = {path: [modules.get(path) for modules in of_expert] for path in paths}
+    for path, column in table.items():
+        shapes: dict[tuple[int, int], str] = {}
+        for expert, factors in zip(experts, column, strict=True):
+            if factors is not None:
+                shapes.setdefault((factors.b.shape[0], factors.a.shape[1]), expert.name)
+        if len(shapes) > 1:
+            (one, one_name), (other, other_name) = list(shapes.items())[:2]
+            raise IncompatibleExpertError(
+                f"module {path!r} is {one} (out, in) in expert {one_name!r} and {other} in expert "
+                f"{other_name!r}; take experts of one base"
+            )
+    return table

@@ -1,0 +1,232 @@
+"""Many LoRA experts into one, module by module, always on ΔW = s·B·A and never on A and B apart.
+
+The methods are in ``merges``; here the experts are checked, ordered and weighted, and what comes
+out is made an expert that PEFT reads.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mttl_experts import Expert, ExpertInfo, LoraFactors, recipe_digest
+from torch import Tensor
+
+from mttl_routing.cohort import Experts, check_one_base, experts_of, factors_by_module
+from mttl_routing.merges import MERGES, Merge, MergeRule, Update
+from mttl_routing.merges.factoring import Factored, factored
+
+Weights = Sequence[float] | Mapping[str, float]
+
+
+def merge(
+    experts: Experts,
+    method: str | MergeRule = "uniform",
+    *,
+    weights: Weights | None = None,
+    rank: int | None = None,
+    density: float | None = None,
+    name: str | None = None,
+) -> Expert:
+    """One expert that does what ``experts`` do together, by a method of :data:`MERGES`.
+
+    Ranks, alphas, rsLoRA and per-module patterns may differ. A module that an expert leaves alone
+    counts as ΔW zero there, and the report says so. The bytes of the result do not depend on the
+    order of the experts. It records its parents, its recipe and a report under
+    ``expert_info.training_config``.
+
+    Args:
+        experts: a library, or any iterable of experts of one base model.
+        method: name in :data:`MERGES`, or a function of one's own that keeps
+            :class:`~mttl_routing.merges.MergeRule`.
+        weights: one number an expert, in the order of ``experts`` or by expert name; used as they
+            are, they need not sum to 1. ``uniform`` takes none, ``weighted`` needs them, the others
+            weigh all experts 1 where none are given.
+        rank: cut every module to this rank at most and report the energy lost; None loses nothing
+            and gives a rank of at most min(Σr, i, o), or min(i, o) where the method is not linear.
+        density: share of entries that ``ties`` keeps of each expert's ΔW, 0.2 if not given.
+        name: of the result; the method and the first digits of the recipe digest if not given.
+
+    Returns:
+        A LoRA expert in float32 whose scaling is 1 everywhere.
+
+    Raises:
+        IncompatibleExpertError: experts of different bases, or of different shapes.
+        UnsupportedAdapterError: an expert is more than ΔW (DoRA, bias, modules_to_save, ...).
+    """
+    chosen = experts_of(experts)
+    kind, method_name = _method(method)
+    options = _options(kind, method_name, {"density": density})
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank is {rank!r}; it takes a whole number from 1, or None for all of it")
+    weighted = list(zip(chosen, _weights(kind, method_name, chosen, weights), strict=True))
+    # By digest, so that no sum depends on the order in which the experts came.
+    weighted.sort(key=lambda pair: (pair[0].digest, pair[1], pair[0].name))
+    ordered = [expert for expert, _ in weighted]
+    check_one_base(ordered)
+
+    results: dict[str, Factored] = {}
+    missing: dict[str, list[str]] = {}
+    for module, column in factors_by_module(ordered).items():
+        updates = []
+        for (expert, weight), factors in zip(weighted, column, strict=True):
+            if factors is None:
+                missing.setdefault(expert.name, []).append(module)
+            else:
+                _check_finite(expert, module, factors)
+                updates.append(Update(factors, weight))
+        results[module] = factored(kind.rule(updates, **options), rank)
+
+    recipe = {
+        "kind": "merge",
+        "format": 1,
+        "method": method_name,
+        "options": options,
+        "rank": rank,
+        "experts": [{"digest": expert.digest, "weight": weight} for expert, weight in weighted],
+    }
+    digest = recipe_digest(recipe)
+    infos = [expert.expert_info for expert in ordered]
+    info = ExpertInfo(
+        expert_name=name if name is not None else f"{_short(method_name)}-{digest[:8]}",
+        expert_task_name=tuple(sorted({task for info in infos for task in info.tasks})) or None,
+        parents=tuple(sorted({expert.name for expert in ordered})),
+        expert_config=_peft_config(results, infos),
+        training_config=recipe | {"report": _report(results, missing)},
+        recipe_digest=digest,
+        **{field: _common(infos, field) for field in _INHERITED},
+    )
+    return Expert(info, _peft_weights(results))
+
+
+# What the result has where all experts that know it agree.
+_INHERITED = (
+    "expert_model",
+    "model_revision",
+    "model_fingerprint",
+    "tokenizer_digest",
+    "template_digest",
+    "licence",
+)
+
+
+def _common(infos: Sequence[ExpertInfo], field: str) -> Any:
+    values = {getattr(info, field) for info in infos} - {None}
+    return values.pop() if len(values) == 1 else None
+
+
+def _method(method: str | MergeRule) -> tuple[Merge, str]:
+    if not isinstance(method, str):
+        if not callable(method):
+            raise TypeError(f"method is {method!r}; it takes a name or a function of updates")
+        where = type(method) if not hasattr(method, "__qualname__") else method
+        return Merge(method, paper=""), f"{where.__module__}:{where.__qualname__}"
+    if method not in MERGES:
+        raise ValueError(f"no merge method {method!r}; there are {', '.join(map(repr, MERGES))}")
+    return MERGES[method], method
+
+
+def _short(method: str) -> str:
+    """The last part of an import path, as names of experts go."""
+    return re.split(r"[:.]", method)[-1]
+
+
+def _options(kind: Merge, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    options = dict(kind.options)
+    for option, value in given.items():
+        if value is None:
+            continue
+        if option not in options:
+            raise ValueError(f"method {name!r} takes no {option}, got {option}={value!r}")
+        options[option] = value
+    return options
+
+
+def _weights(
+    kind: Merge, method: str, experts: Sequence[Expert], weights: Weights | None
+) -> list[float]:
+    names = [expert.name for expert in experts]
+    if weights is None:
+        if kind.default_weight is None:
+            raise ValueError(f"method {method!r} needs weights, one number an expert")
+        return [kind.default_weight(len(experts))] * len(experts)
+    if not kind.takes_weights:
+        raise ValueError(f"method {method!r} takes no weights; method='weighted' does")
+    if isinstance(weights, Mapping):
+        if set(weights) != set(names) or len(set(names)) < len(names):
+            raise ValueError(
+                f"weights are given for {sorted(weights)!r}, the experts are {sorted(names)!r}; "
+                "give each expert one"
+            )
+        weights = [weights[name] for name in names]
+    if len(weights) != len(experts):
+        raise ValueError(f"got {len(weights)} weights for {len(experts)} experts; give each one")
+    for weight, name in zip(weights, names, strict=True):
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of expert {name!r} is {weight!r}; it takes a number")
+    return [float(weight) for weight in weights]
+
+
+def _check_finite(expert: Expert, module: str, factors: LoraFactors) -> None:
+    if not (factors.a.isfinite().all() and factors.b.isfinite().all()):
+        raise ValueError(
+            f"expert {expert.name!r} has NaN or infinite numbers in module {module!r}; leave it out"
+        )
+
+
+def _peft_weights(results: Mapping[str, Factored]) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for module, result in results.items():
+        weights[f"base_model.model.{module}.lora_A.weight"] = result.a.contiguous()
+        weights[f"base_model.model.{module}.lora_B.weight"] = result.b.contiguous()
+    return weights
+
+
+def _peft_config(results: Mapping[str, Factored], infos: Sequence[ExpertInfo]) -> dict[str, Any]:
+    """A PEFT LoRA config under which every module has its own rank and scaling 1."""
+    ranks = {module: result.rank for module, result in results.items()}
+    rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
+    pattern = {_key(module, ranks): own for module, own in ranks.items() if own != rank}
+    configs = [info.expert_config or {} for info in infos]
+    task_types = {config.get("task_type") for config in configs}
+    return {
+        "peft_type": "LORA",
+        "task_type": task_types.pop() if len(task_types) == 1 else None,
+        "base_model_name_or_path": _common(infos, "expert_model"),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": sorted(ranks),
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
+    }
+
+
+def _key(module: str, modules: Mapping[str, int]) -> str:
+    """Pattern for ``module`` alone, by PEFT's rule: a regular expression for a path's end."""
+    if [m for m in modules if re.match(rf"(.*\.)?({module})$", m)] == [module]:
+        return module
+    return f"^{re.escape(module)}"
+
+
+def _report(results: Mapping[str, Factored], missing: Mapping[str, list[str]]) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "missing_means_zero": {name: missing[name] for name in sorted(missing)},
+        "energy_kept": 1.0,
+    }
+    total = sum(result.energy or 0.0 for result in results.values())
+    if total > 0.0:
+        report["energy_kept"] = 1.0 - sum(r.energy_lost for r in results.values()) / total
+        report["modules"] = {
+            module: {"rank": r.rank, "energy": r.energy, "energy_lost": r.energy_lost}
+            for module, r in results.items()
+        }
+    return report

@@ -1,0 +1,42 @@
+"""What a merge method is: from one module's updates to its merged update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from mttl_experts import LoraFactors
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What one expert changes in one module, and its weight in the merge."""
+
+    factors: LoraFactors
+    weight: float
+
+    def dense(self) -> Tensor:
+        """ΔW = s·B·A, (o, i) float32, without the weight."""
+        return (self.factors.b.float() * self.factors.scaling) @ self.factors.a.float()
+
+
+class LowRank(NamedTuple):
+    """A merged update as ``b @ a``: a (r, i), b (o, r), float32."""
+
+    a: Tensor
+    b: Tensor
+
+
+class MergeRule(Protocol):
+    """A merge method; any function that keeps this can be given as ``method``."""
+
+    def __call__(self, updates: Sequence[Update], /) -> LowRank | Tensor:
+        """Merged update of one module, as factors or as ΔW itself, (o, i) float32.
+
+        Args:
+            updates: one for each expert that adapts the module, in an order that does not depend
+                on the order in which the experts were given. Other experts have ΔW zero here.
+        """
+        ...
