@@ -1,0 +1,35 @@
+"""Errors that a caller may want to tell apart, and how a wrong task name is answered."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UnknownTaskError(LookupError):
+    """There is no task of that name."""
+
+
+class EmptyTaskError(ValueError):
+    """The task is there, but has no rows to work with."""
+
+
+class TaskExistsError(ValueError):
+    """The library has other rows under the task's name."""
+
+
+class DataNotReachableError(OSError):
+    """Data that was asked for is neither on this machine nor to be had from the hub."""
+
+
+def unknown_task(name: str, where: str, names: Iterable[str]) -> UnknownTaskError:
+    """The error for a name that is not among ``names``, with the near ones."""
+    known = sorted(names)
+    near = difflib.get_close_matches(name, known, n=3)
+    if near:
+        hint = f"did you mean {' or '.join(repr(match) for match in near)}?"
+    elif known:
+        hint = f"it has {', '.join(known[:8])}{' ...' if len(known) > 8 else ''}"
+    else:
+        hint = "it has none yet"
+    return UnknownTaskError(f"no task {name!r} in {where} ({len(known)} tasks); {hint}")

@@ -1,0 +1,179 @@
+"""Where rows of a flat collection are read from: parquet and jsonl files, or the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mttl_data.hub import hub_dataset
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+HUB_DATASET = "chiayewken/flan-v2"
+_SUFFIXES = (".parquet", ".jsonl")
+
+
+class Source(Protocol):
+    """Rows that can be read again and again, always in the same order.
+
+    Attributes:
+        name: What to call it in messages and in the library.
+        columns: The columns that every part of it has.
+        rows: How many rows there are, if that is known before reading them.
+    """
+
+    name: str
+    columns: frozenset[str]
+    rows: int | None
+
+    def check(self, columns: set[str]) -> None:
+        """Raise ``ValueError`` if a column is missing."""
+        ...
+
+    def batches(self, columns: Sequence[str], size: int) -> Iterator[pa.RecordBatch]:
+        """The rows as record batches of text columns."""
+        ...
+
+
+def open_source(path: str | PathLike[str] | None) -> Source:
+    """The rows under a path, or of the hub's FLAN v2 if there is none."""
+    if path is None:
+        return _Hub(
+            hub_dataset(
+                HUB_DATASET,
+                None,
+                "train",
+                "pass --source PATH with a parquet or jsonl copy of it",
+            )
+        )
+    root = Path(path)
+    if not root.exists():
+        raise FileNotFoundError(f"there is no file or folder {str(path)!r} to take rows from")
+    files = [root]
+    if root.is_dir():
+        files = sorted(file for file in root.rglob("*") if file.suffix in _SUFFIXES)
+    files = [file for file in files if file.suffix in _SUFFIXES]
+    if not files:
+        raise ValueError(f"{str(path)!r} has no rows: no file ends in {' or '.join(_SUFFIXES)}")
+    return _Files(str(path), files)
+
+
+class _Checked:
+    name: str
+    columns: frozenset[str]
+
+    def check(self, columns: set[str]) -> None:
+        missing = columns - self.columns
+        if missing:
+            raise ValueError(
+                f"{self.name} has no column {', '.join(sorted(missing))}; "
+                f"it has {', '.join(sorted(self.columns))}"
+            )
+
+
+class _Files(_Checked):
+    """Parquet and jsonl files, one after the other."""
+
+    def __init__(self, name: str, files: Sequence[Path]) -> None:
+        import pyarrow.parquet as pq
+
+        self.name = name
+        self.files = files
+        columns: list[set[str]] = []
+        self.rows: int | None = 0
+        for file in files:
+            if file.suffix == ".parquet":
+                columns.append(set(_parquet(file).names))
+                if self.rows is not None:
+                    self.rows += pq.read_metadata(file).num_rows
+            else:
+                columns.append(set(next(_json_rows(file), {})))
+                self.rows = None
+        self.columns = frozenset.intersection(*map(frozenset, columns))
+
+    def batches(self, columns: Sequence[str], size: int) -> Iterator[pa.RecordBatch]:
+        import pyarrow.parquet as pq
+
+        for file in self.files:
+            if file.suffix == ".parquet":
+                with pq.ParquetFile(file) as parquet:
+                    for batch in parquet.iter_batches(size, columns=list(columns)):
+                        yield _as_text(batch, columns)
+            else:
+                yield from _json_batches(file, columns, size)
+
+
+class _Hub(_Checked):
+    """A dataset of the hub, which ``datasets`` keeps on disk and maps into memory."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.name = HUB_DATASET
+        self.dataset = dataset
+        self.columns = frozenset(dataset.column_names)
+        self.rows: int | None = len(dataset)
+
+    def batches(self, columns: Sequence[str], size: int) -> Iterator[pa.RecordBatch]:
+        chosen = self.dataset.select_columns(list(columns)).with_format("arrow")
+        for table in chosen.iter(size):
+            for batch in table.to_batches():
+                yield _as_text(batch, columns)
+
+
+def _parquet(file: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{str(file)!r} is not a parquet file: {error}") from None
+
+
+def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} of {str(file)!r} is not a JSON object")
+            yield row
+
+
+def _json_batches(file: Path, columns: Sequence[str], size: int) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    held: list[dict[str, Any]] = []
+
+    def batch() -> pa.RecordBatch:
+        taken = {
+            column: pa.array(
+                [None if (value := row.get(column)) is None else str(value) for row in held],
+                pa.string(),
+            )
+            for column in columns
+        }
+        return pa.RecordBatch.from_pydict(taken)
+
+    for row in _json_rows(file):
+        held.append(row)
+        if len(held) == size:
+            yield batch()
+            held = []
+    if held:
+        yield batch()
+
+
+def _as_text(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
+    """The columns in the order asked for, as plain strings (a copy may have them as codes)."""
+    import pyarrow as pa
+
+    arrays = [batch.column(column).cast(pa.string()) for column in columns]
+    return pa.RecordBatch.from_arrays(arrays, names=list(columns))

@@ -1,0 +1,89 @@
+"""The held-out rows of a task, and how a model is asked for answers to them and scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from mttl_data.batches import ANSWER_ONLY
+from mttl_data.dataset_library import DatasetLibrary
+from mttl_data.evaluate import Progress, TaskScore, evaluate_task
+from mttl_data.rows import Row
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Test rows of one task with all that decides a model's score on them.
+
+    Attributes:
+        task: Its name.
+        metric: The name in ``METRICS``.
+        rows: What is asked.
+        shots: Solved examples put before each question; none are test rows.
+    """
+
+    task: str
+    metric: str
+    rows: tuple[Row, ...]
+    shots: tuple[Row, ...] = ()
+
+    def recipe(self) -> dict[str, Any]:
+        """What identifies a score on these rows apart from the model, as plain data."""
+        return {
+            "rows": _digest(self.rows),
+            "shots": _digest(self.shots),
+            "instruction": ANSWER_ONLY,
+        }
+
+    def score(
+        self, model: Any, tokenizer: Any, batch_size: int = 32, progress: Progress | None = None
+    ) -> TaskScore:
+        """Score of ``model`` on the rows; ``progress`` is told how many were just answered."""
+        return evaluate_task(
+            model,
+            tokenizer,
+            self.rows,
+            self.metric,
+            self.shots,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+
+def held_out(
+    library: DatasetLibrary,
+    task: str,
+    *,
+    n_shots: int = 0,
+    limit: int | None = None,
+    metric: str | None = None,
+    split: str = "test",
+) -> HeldOut:
+    """The test rows of a task in a library.
+
+    Args:
+        library: Where the task is.
+        task: Its name.
+        n_shots: Solved examples, the first of the training rows.
+        limit: Most rows; all if left out.
+        metric: The task's own if left out.
+        split: Which rows to ask.
+
+    Raises:
+        EmptyTaskError: The task has no rows there.
+    """
+    shots = library.rows(task, "train")[:n_shots] if n_shots else []
+    return HeldOut(
+        task=task,
+        metric=metric or library.info(task).metric,
+        rows=tuple(library.rows(task, split)[:limit]),
+        shots=tuple(shots),
+    )
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    text = json.dumps([astuple(row) for row in rows], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+from mttl_data.batches import (
+    ANSWER_ONLY,
+    IGNORED,
+    Batches,
+    PromptWriter,
+    collate,
+    end_token_id,
+    truncation,
+)
+from mttl_data.rows import Row
+
+ROW = Row("What is 2 + 2?", "4", "sums")
+SHOTS = (Row("What is 1 + 1?", "2", "sums"), Row("What is 1 + 2?", "3", "sums"))
+
+
+def test_a_prompt_is_the_chat_template_of_instruction_examples_and_question(tokenizer):
+    writer = PromptWriter(tokenizer, shots=SHOTS)
+    text = tokenizer.decode(writer.prompt(ROW).input_ids)
+    assert text == (
+        f"<|im_start|>system\n{ANSWER_ONLY}<|im_end|>\n"
+        "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+        "<|im_start|>user\nWhat is 1 + 2?<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
+        "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_without_a_template_a_prompt_is_plain_text(raw_tokenizer):
+    writer = PromptWriter(raw_tokenizer, shots=SHOTS[:1])
+    text = raw_tokenizer.decode(writer.prompt(ROW).input_ids)
+    assert text == f"{ANSWER_ONLY}\n\nWhat is 1 + 1?\n2\n\nWhat is 2 + 2?\n"
+
+
+def test_a_template_that_takes_no_system_turn_gets_the_instruction_in_the_question(tokenizer):
+    import copy
+
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    text = strict.decode(PromptWriter(strict, shots=SHOTS).prompt(ROW).input_ids)
+    assert "system" not in text
+    assert text.startswith(f"<|im_start|>user\n{ANSWER_ONLY}\n\nWhat is 1 + 1?")
+    assert text.count(ANSWER_ONLY) == 1
+
+
+def test_labels_are_the_answer_and_its_end_alone(tokenizer):
+    example = PromptWriter(tokenizer).example(ROW)
+    prompt = PromptWriter(tokenizer).prompt(ROW)
+    at = len(prompt.input_ids)
+    assert example.input_ids[:at] == prompt.input_ids
+    assert example.labels[:at] == [IGNORED] * at
+    assert example.labels[at:] == example.input_ids[at:]
+    assert tokenizer.decode(example.labels[at:]) == "4<|im_end|>"
+
+
+def test_the_end_token_is_what_the_template_writes_else_end_of_text(tokenizer, raw_tokenizer):
+    assert end_token_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_token_id(raw_tokenizer) == raw_tokenizer.eos_token_id
+
+
+def test_a_solved_example_never_asks_the_question_itself(tokenizer):
+    with pytest.raises(ValueError, match="another split"):
+        PromptWriter(tokenizer, shots=[ROW]).prompt(ROW)
+
+
+def test_a_long_source_loses_its_first_tokens_and_they_are_counted(tokenizer):
+    row = Row("x" * 300 + " What is 2 + 2?", "four", "sums")
+    whole = PromptWriter(tokenizer).example(row)
+    example = PromptWriter(tokenizer, max_length=200).example(row)
+    assert len(example.input_ids) == 200
+    assert example.source_tokens_cut == len(whole.input_ids) - 200
+    text = tokenizer.decode(example.input_ids)
+    assert text.startswith(f"<|im_start|>system\n{ANSWER_ONLY}<|im_end|>\n<|im_start|>user\nxx")
+    assert text.endswith("What is 2 + 2?<|im_end|>\n<|im_start|>assistant\nfour<|im_end|>")
+
+
+def test_what_was_cut_is_added_up(tokenizer):
+    rows = [Row("y" * n, "yes", "t") for n in (5, 300, 400)]
+    writer = PromptWriter(tokenizer, max_length=200)
+    examples = writer.examples(rows)
+    cut = truncation(examples)
+    whole = PromptWriter(tokenizer).examples(rows)
+    assert cut.rows == 2
+    assert cut.source_tokens == sum(max(0, len(e.input_ids) - 200) for e in whole)
+    assert cut.target_tokens == 0
+
+
+def test_a_target_longer_than_the_room_is_cut_and_counted(tokenizer):
+    writer = PromptWriter(tokenizer, max_length=200)
+    example = writer.example(Row("short", "z" * 400, "t"))
+    assert len(example.input_ids) == 200
+    assert example.target_tokens_cut > 0
+    assert truncation([example]).rows == 1
+
+
+def test_too_little_room_for_the_prompt_itself_is_one_clear_error(tokenizer):
+    with pytest.raises(ValueError, match="give fewer examples"):
+        PromptWriter(tokenizer, shots=SHOTS, max_length=40).prompt(ROW)
+
+
+def test_collate_pads_on_the_right_and_masks_it(tokenizer):
+    writer = PromptWriter(tokenizer)
+    examples = writer.examples([ROW, Row("A longer question?", "longer", "sums")])
+    batch = collate(examples, pad_id=0)
+    for index, example in enumerate(examples):
+        n = len(example.input_ids)
+        assert batch["input_ids"][index, :n].tolist() == example.input_ids
+        assert batch["labels"][index, :n].tolist() == example.labels
+        assert batch["attention_mask"][index].tolist() == [1] * n + [0] * (
+            batch["input_ids"].shape[1] - n
+        )
+        assert (batch["labels"][index, n:] == IGNORED).all()
+
+
+@pytest.fixture
+def examples(tokenizer):
+    writer = PromptWriter(tokenizer)
+    return writer.examples([Row("q" * (1 + 7 * n % 60), str(n), "t") for n in range(50)])
+
+
+def rows_of(batch) -> list[tuple[int, ...]]:
+    return [
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_has_every_row_once(examples, shuffle):
+    batches = Batches(examples, 8, pad_id=0, seed=3, shuffle=shuffle)
+    seen = [row for batch in batches for row in rows_of(batch)]
+    assert len(batches) == 7 == len(list(batches))
+    assert sorted(seen) == sorted(tuple(example.input_ids) for example in examples)
+
+
+def test_the_seed_and_the_epoch_decide_the_order(examples):
+    def order(seed, epoch):
+        return [rows_of(batch) for batch in Batches(examples, 8, pad_id=0, seed=seed).epoch(epoch)]
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(2, 0)
+    assert order(1, 0) != order(1, 1)
+
+
+def test_a_stream_begun_in_the_middle_goes_on_as_it_would_have(examples):
+    batches = Batches(examples, 8, pad_id=0, seed=1)
+    whole = list(islice(batches.stream(), 20))
+    rest = list(islice(batches.stream(start=9), 11))
+    for a, b in zip(whole[9:], rest, strict=True):
+        assert torch.equal(a["input_ids"], b["input_ids"])
+
+
+def test_batches_of_like_length_pad_less(examples):
+    def padding(shuffle):
+        batches = Batches(examples, 8, pad_id=0, seed=1, shuffle=shuffle)
+        return sum(int((batch["attention_mask"] == 0).sum()) for batch in batches)
+
+    assert padding(True) < padding(False) / 2
+
+
+def test_no_examples_is_an_error():
+    with pytest.raises(ValueError, match="no examples"):
+        Batches([], 8, pad_id=0)
