@@ -1,0 +1,76 @@
+"""Evaluate a library as one model, merged or routed: ``uv run apps/eval --help``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from mttl_experts.jobs import JobCommand, known_errors
+
+# Names that the older command line gives to these options.
+ALIASES = {
+    "eval_metric": "metric",
+    "expert_selection": "selection",
+    "library_id": "library",
+    "output_dir": "output",
+    "pipeline_eval_tasks": "benchmarks",
+    "predict_batch_size": "batch_size",
+    "recompute_prototypes": "recompute",
+    "router_temp": "temperature",
+    "subsample_test": "test_rows",
+    "topk": "top_k",
+}
+
+
+@click.command(
+    cls=JobCommand,
+    aliases=ALIASES,
+    context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
+)
+@click.option("--library", default="local://mttldata/library", help="The experts' address.")
+@click.option("--merge", help="Evaluate the experts merged into one: uniform or ties.")
+@click.option("--route", help="Evaluate them routed: arrow, oracle or uniform.")
+@click.option("--merge-or-route", help="One option for both, by the older names.")
+@click.option("--top-k", default=4, type=click.IntRange(min=1), help="Experts a token goes to.")
+@click.option(
+    "--temperature", default=1.0, type=click.FloatRange(0, min_open=True), help="Arrow's."
+)
+@click.option("--rank", type=click.IntRange(min=1), help="Cut the merged expert to this rank.")
+@click.option(
+    "--density", type=click.FloatRange(0, 1, min_open=True), help="Share that TIES keeps. [0.2]"
+)
+@click.option("--selection", help="Only these experts (comma list). [default: all]")
+@click.option("--model", help="Base model. [default: the one that the experts are for]")
+@click.option("--dataset", help="Tasks. [default: those that the experts were trained on]")
+@click.option("--output", default="mttldata/eval", help="Folder for results.json.")
+@click.option(
+    "--benchmarks",
+    help="Instead of the experts' own tasks, lm-evaluation-harness's: arc-easy, ... (comma list); "
+    "'in_distribution' stands for the experts' own.",
+)
+@click.option("--data-dir", help="Folder of the benchmarks' parquet files. [default: the hub]")
+@click.option("--test-rows", type=click.IntRange(min=1), help="Most rows a task. [default: all]")
+@click.option("--metric", help="How answers are scored. [default: the task's own]")
+@click.option("--batch-size", default=32, type=click.IntRange(min=1), help="Rows answered at once.")
+@click.option(
+    "--precision",
+    default="auto",
+    type=click.Choice(["auto", "bf16", "16", "32"]),
+    help="Number format of the base.",
+)
+@click.option("--recompute", is_flag=True, help="Measure again what the library has scores of.")
+@click.option("--strict", is_flag=True, help="Refuse a base whose weights or tokenizer differ.")
+def main(**options: Any) -> None:
+    """Evaluate a library as one model, beside its base and each expert on its own task."""
+    with known_errors():
+        from eval_options import check
+
+        job = check(**options)
+        from eval_job import KNOWN_ERRORS, run
+
+    with known_errors(*KNOWN_ERRORS):
+        run(job)
+
+
+if __name__ == "__main__":
+    main(prog_name="apps/eval")

@@ -1,0 +1,112 @@
+"""What one evaluation is asked to do, checked before anything slow begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from mttl_data import benchmark_name
+from mttl_routing import MERGES, ROUTERS
+
+# Older names for both ways, and what they are here; (merge, route).
+OLDER = {
+    "base": (None, None),
+    "uniform": ("uniform", None),
+    "ties": ("ties", None),
+    "uniform_lora_after_op": (None, "uniform"),
+    "arrow": (None, "arrow"),
+    "oracle": (None, "oracle"),
+}
+IN_DISTRIBUTION = "in_distribution"
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """One evaluation; the fields are the options of ``apps/eval``."""
+
+    library: str
+    merge: str | None
+    route: str | None
+    top_k: int
+    temperature: float
+    rank: int | None
+    density: float | None
+    selection: str | None
+    model: str | None
+    dataset: str | None
+    output: Path
+    benchmarks: tuple[str, ...]
+    data_dir: str | None
+    test_rows: int | None
+    metric: str | None
+    batch_size: int
+    precision: str
+    recompute: bool
+    strict: bool
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """How the experts become one model, as plain data; it is part of a score's key."""
+        if self.merge:
+            return {"merge": self.merge, "rank": self.rank, "density": self.density}
+        if self.route == "arrow":
+            return {"route": "arrow", "top_k": self.top_k, "temperature": self.temperature}
+        return {"route": self.route} if self.route else {}
+
+    @property
+    def in_distribution(self) -> bool:
+        """Whether to score the experts' own tasks."""
+        return not self.benchmarks or IN_DISTRIBUTION in self.benchmarks
+
+    @property
+    def harness(self) -> list[str]:
+        """Benchmarks of lm-evaluation-harness to run."""
+        return [name for name in self.benchmarks if name != IN_DISTRIBUTION]
+
+    @property
+    def dtype(self) -> str:
+        """The base's number format as torch names it, or ``auto``."""
+        names = {"bf16": "bfloat16", "16": "float16", "32": "float32"}
+        return names.get(self.precision, self.precision)
+
+
+def check(**options: Any) -> EvalOptions:
+    """The options as one object.
+
+    Raises:
+        click.UsageError: a name is not known, or two options contradict each other.
+    """
+    both = options.pop("merge_or_route")
+    if both is not None:
+        if options["merge"] or options["route"]:
+            raise click.UsageError("--merge-or-route says it all; leave --merge and --route out")
+        if both not in OLDER:
+            raise click.UsageError(f"no way {both!r} to merge or route; known: {', '.join(OLDER)}")
+        options["merge"], options["route"] = OLDER[both]
+    if options["merge"] and options["route"]:
+        raise click.UsageError("--merge and --route are two ways to one model; give one")
+    _known(options["merge"], "--merge", MERGES)
+    _known(options["route"], "--route", ROUTERS)
+    if options["merge"] == "weighted":
+        raise click.UsageError("--merge weighted takes weights, which only mttl_routing.merge has")
+    if options["density"] is not None and options["merge"] != "ties":
+        raise click.UsageError("--density is for --merge ties")
+    if options["rank"] is not None and not options["merge"]:
+        raise click.UsageError("--rank is for --merge")
+    names = [name.strip() for name in (options["benchmarks"] or "").split(",") if name.strip()]
+    if names == ["all"]:
+        from mttl_data import BENCHMARKS
+
+        names = list(BENCHMARKS)
+    options["benchmarks"] = tuple(
+        name if name == IN_DISTRIBUTION else benchmark_name(name) for name in names
+    )
+    options["output"] = Path(options["output"])
+    return EvalOptions(**options)
+
+
+def _known(name: str | None, option: str, names: Any) -> None:
+    if name is not None and name not in names:
+        raise click.UsageError(f"{option} {name!r} is not known; there are {', '.join(names)}")

@@ -1,0 +1,138 @@
+"""Look into a library of experts: ``uv run apps/library --help``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+from mttl_experts.jobs import bar, console, known_errors
+
+if TYPE_CHECKING:
+    from mttl_experts import ExpertLibrary
+
+LIBRARY = "local://mttldata/library"
+
+address = click.argument("library", default=LIBRARY)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+@click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Look into a library of experts at any address: local://folder, virtual://name.
+
+    LIBRARY is local://mttldata/library if left out.
+    """
+
+
+@main.command("list")
+@address
+@as_json
+def list_experts(library: str, as_json: bool) -> None:
+    """List the experts of LIBRARY: task, kind, rank, base, metrics, size, date."""
+    opened = open_library(library)
+    rows = [_row(opened, name) for name in opened]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    table = Table(title=f"{len(rows)} experts in {opened.uri}", title_justify="left")
+    for column in ("expert", "task", "kind", "base", "loss", "size", "made"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        loss = row["metrics"].get("validation_loss")
+        table.add_row(
+            row["expert_name"],
+            ", ".join(row["tasks"]),
+            f"{row['kind']} {row['rank'] or ''}",
+            row["expert_model"],
+            "" if loss is None else f"{loss:.3f}",
+            f"{row['bytes'] / 1e6:.1f} MB",
+            (row["created"] or "")[:10],
+        )
+    console().print(table)
+
+
+@main.command()
+@click.argument("expert")
+@click.option("--library", default=LIBRARY, help="Address of the library.")
+@as_json
+def show(expert: str, library: str, as_json: bool) -> None:
+    """Show all that LIBRARY knows of EXPERT."""
+    opened = open_library(library)
+    with known_errors(*_known()):
+        found = opened.get_expert(expert)
+        digest = opened.digest(expert)
+        facts = found.expert_info.to_dict() | {
+            "digest": digest,
+            "files": {
+                name: {"size": entry.size, "sha256": entry.sha256}
+                for name, entry in opened.repository.item(f"experts/{expert}").files.items()
+            },
+            "scores": [
+                {"task": s.task, "metric": s.metric, "value": s.value, "n": s.n, "how": s.recipe}
+                for s in opened.scores.table()
+                if digest in s.experts
+            ],
+        }
+    if as_json:
+        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        return
+    console().print_json(json.dumps(facts, ensure_ascii=False))
+
+
+@main.command()
+@address
+@as_json
+def verify(library: str, as_json: bool) -> None:
+    """Read every byte of LIBRARY, and say what is not as it was written."""
+    opened = open_library(library)
+    with known_errors(*_known()), bar("verifying") as shown:
+        problems = opened.verify(lambda done, total, _: shown.update(done, total))
+    if as_json:
+        found = [{"where": p.where, "what": p.what} for p in problems]
+        click.echo(json.dumps({"library": opened.uri, "problems": found}, indent=1))
+    elif problems:
+        for problem in problems:
+            click.echo(f"{problem.where}: {problem.what}")
+    else:
+        click.echo(f"{opened.uri}: {len(opened)} experts, generation {opened.generation}, all well")
+    if problems:
+        raise SystemExit(1)
+
+
+def open_library(library: str) -> ExpertLibrary:
+    """The library at an address, to be read; a missing one ends the command in one line."""
+    from mttl_experts import ExpertLibrary
+
+    with known_errors(*_known()):
+        return ExpertLibrary(library, read_only=True)
+
+
+def _row(library: ExpertLibrary, name: str) -> dict[str, Any]:
+    info = library.infos()[name]
+    config = info.expert_config or {}
+    files = library.repository.item(f"experts/{name}").files
+    return {
+        "expert_name": name,
+        "tasks": list(info.tasks),
+        "kind": str(config.get("peft_type", "")).lower(),
+        "rank": config.get("r"),
+        "expert_model": info.expert_model or "",
+        "metrics": dict(info.metrics),
+        "bytes": sum(entry.size for entry in files.values()),
+        "digest": library.digest(name),
+        "created": info.created,
+    }
+
+
+def _known() -> tuple[type[Exception], ...]:
+    from mttl_experts import ExpertNotFoundError
+    from mttl_storage import StorageError
+
+    return (ExpertNotFoundError, StorageError, ValueError)
+
+
+if __name__ == "__main__":
+    main(prog_name="apps/library")

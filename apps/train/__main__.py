@@ -1,0 +1,120 @@
+"""Train experts and add them to a library: ``uv run apps/train --help``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from mttl_experts.jobs import JobCommand, known_errors
+
+# Names that the older command line gives to these options.
+ALIASES = {
+    "data_dir": "data_dir",
+    "destination_library_id": "destination",
+    "eval_metric": "metric",
+    "finetune_task_name": "task",
+    "include_task_source": "task_source",
+    "include_template_type": "template_type",
+    "library_id": "library",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_rank": "rank",
+    "max_input_length": "max_input_length",
+    "max_output_length": "max_output_length",
+    "modify_layers": "layers",
+    "modify_modules": "modules",
+    "num_train_epochs": "epochs",
+    "output_dir": "output",
+    "pipeline_eval_tasks": "benchmarks",
+    "precision": "precision",
+    "predict_batch_size": "predict_batch_size",
+    "remove_phi_eval_tasks": "leave_out_evaluation_tasks",
+    "subsample_dev": "validation_rows",
+    "subsample_test": "test_rows",
+    "total_steps": "steps",
+    "train_batch_size": "batch_size",
+}
+
+at_least_1 = click.IntRange(min=1)
+
+
+@click.command(
+    cls=JobCommand,
+    aliases=ALIASES,
+    context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
+)
+@click.option(
+    "--task",
+    multiple=True,
+    help="Train one expert on this task; may be repeated. 'a,b' is one expert for both. "
+    "[default: four tasks of the starter mixture]",
+)
+@click.option("--all", "all_tasks", is_flag=True, help="Train one expert on each task there is.")
+@click.option("--model", default="embedded", help="Base model: 'embedded', a folder or a hub id.")
+@click.option(
+    "--dataset",
+    default="starter",
+    help="Tasks: 'starter', a dataset library's address, a folder of parquet or jsonl files, or "
+    "hf://chiayewken/flan-v2.",
+)
+@click.option("--library", default="local://mttldata/library", help="Where experts are added.")
+@click.option("--destination", help="Copy the library here first, and add the experts to the copy.")
+@click.option("--expert-name", help="Name of the expert, for one --task. [default: the task]")
+@click.option("--replace", is_flag=True, help="Put new experts in place of others of their name.")
+@click.option("--output", default="mttldata/train", help="Folder for results and checkpoints.")
+@click.option("--rank", default=16, type=at_least_1, help="LoRA rank.")
+@click.option("--alpha", type=float, help="LoRA alpha. [default: twice the rank]")
+@click.option("--dropout", default=0.0, type=click.FloatRange(0, 1, max_open=True), help="LoRA's.")
+@click.option("--layers", default=".*", help="Regular expression for names of adapted layers.")
+@click.option("--modules", default=".*", help="Regular expression for the modules they are in.")
+@click.option("--steps", type=at_least_1, help="Optimiser steps. [default: 40, or --epochs]")
+@click.option("--epochs", type=at_least_1, help="Passes over the training rows, for --steps.")
+@click.option("--batch-size", default=8, type=at_least_1, help="Rows in a step.")
+@click.option("--micro-batch-size", type=at_least_1, help="Rows in a forward pass. [default: all]")
+@click.option("--learning-rate", default=2e-3, type=click.FloatRange(0, min_open=True))
+@click.option("--warmup-proportion", default=0.06, type=click.FloatRange(0, 1))
+@click.option("--weight-decay", default=0.0, type=click.FloatRange(0))
+@click.option("--scheduler", default="linear", help="A schedule that transformers knows.")
+@click.option("--evaluate-every", type=at_least_1, help="Steps between two validations.")
+@click.option("--max-input-length", type=at_least_1, help="Most tokens of a prompt.")
+@click.option("--max-output-length", type=at_least_1, help="Most tokens of an answer.")
+@click.option(
+    "--precision",
+    default="auto",
+    type=click.Choice(["auto", "bf16", "16", "32"]),
+    help="Number format of the base; adapters are always 32-bit.",
+)
+@click.option("--seed", default=0, help="Of initial weights, dropout and the order of rows.")
+@click.option("--train-rows", type=at_least_1, help="Most rows to train on. [default: all]")
+@click.option(
+    "--validation-rows", default=32, type=click.IntRange(min=0), help="Most; 0: keep last weights."
+)
+@click.option("--test-rows", type=at_least_1, help="Most rows to score on. [default: all]")
+@click.option("--metric", help="How answers are scored. [default: the task's own]")
+@click.option("--predict-batch-size", default=32, type=at_least_1, help="Rows answered at once.")
+@click.option(
+    "--benchmarks",
+    help="Also measure on these, by lm-evaluation-harness: arc-easy, piqa, ... (comma list).",
+)
+@click.option("--data-dir", help="Folder of the benchmarks' parquet files. [default: the hub]")
+@click.option("--task-source", help="Use only rows from these collections (comma list).")
+@click.option("--template-type", help="Use only rows of these template types (comma list).")
+@click.option(
+    "--leave-out-evaluation-tasks/--keep-evaluation-tasks",
+    default=True,
+    help="With --all, leave out tasks that overlap the benchmarks.",
+)
+def main(**options: Any) -> None:
+    """Train experts on tasks and add them to a library, each with its scores."""
+    with known_errors():
+        from train_options import check
+
+        job = check(**options)
+        from train_job import KNOWN_ERRORS, run
+
+    with known_errors(*KNOWN_ERRORS):
+        run(job)
+
+
+if __name__ == "__main__":
+    main(prog_name="apps/train")

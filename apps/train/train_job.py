@@ -1,0 +1,330 @@
+"""Trains the experts of one command, one after the other, and reports what they reached."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import islice
+from typing import Any
+
+import click
+from mttl_adapters import (
+    BaseModel,
+    BaseModelError,
+    EmbeddedModelError,
+    TrainedAdapter,
+    load_base_model,
+    train_adapter,
+)
+from mttl_data import (
+    BENCHMARKS,
+    Batches,
+    DataNotReachableError,
+    DatasetLibrary,
+    EmptyTaskError,
+    PromptWriter,
+    Row,
+    TaskExistsError,
+    UnknownTaskError,
+    benchmark_name,
+    evaluate_benchmarks,
+    held_out,
+    open_dataset,
+    truncation,
+)
+from mttl_experts import (
+    Expert,
+    ExpertInfo,
+    ExpertLibrary,
+    ExpertNotFoundError,
+    IncompatibleExpertError,
+    Score,
+)
+from mttl_experts.jobs import bar, console, write_json
+from mttl_routing import apply_expert
+from mttl_storage import StorageError
+from rich.table import Table
+from train_options import TrainOptions
+from train_plan import Plan, TakenNameError, is_there, plans
+
+KNOWN_ERRORS = (
+    BaseModelError,
+    DataNotReachableError,
+    EmbeddedModelError,
+    EmptyTaskError,
+    ExpertNotFoundError,
+    IncompatibleExpertError,
+    StorageError,
+    TakenNameError,
+    TaskExistsError,
+    UnknownTaskError,
+)
+TWO_SHOT = 2
+
+
+def run(options: TrainOptions) -> None:
+    """Train what is not there yet, score it, add it, and print the table."""
+    start = time.monotonic()
+    benchmarks = _benchmark_names(options)
+    library = _open_library(options)
+    data = _open_data(options)
+    base = _load(options)
+    wanted = plans(options, data, base)
+    waiting = [plan for plan in wanted if not is_there(plan, library, options.replace)]
+    console().print(
+        f"{len(wanted)} experts wanted, {len(wanted) - len(waiting)} there already: {library.uri}"
+    )
+    rows = []
+    for plan in wanted:
+        if plan in waiting:
+            expert = _train(plan, options, base)
+            add = library.replace_expert if plan.name in library else library.add_expert
+            add(expert)
+            plan.checkpoint(options.output).unlink(missing_ok=True)
+        rows.append(_measure(plan, options, data, library, base))
+    results: dict[str, Any] = {
+        "library": library.uri,
+        "model": base.model_id,
+        "dataset": data.uri,
+        "experts": rows,
+        "mean": {key: sum(row[key] for row in rows) / len(rows) for key in _SCORES},
+    }
+    console().print(_table(rows, results["mean"]))
+    if benchmarks:
+        results["benchmarks"] = _benchmarks(benchmarks, options, wanted, library, base)
+    results |= {"generation": library.generation, "seconds": round(time.monotonic() - start, 1)}
+    write_json(options.output / "results.json", results)
+    write_json(options.output / "options.json", asdict(options) | {"output": str(options.output)})
+    console().print(f"{results['seconds']:.0f} s; results in {options.output / 'results.json'}")
+
+
+def _open_library(options: TrainOptions) -> ExpertLibrary:
+    library = ExpertLibrary(options.library, create=True)
+    return library.copy_to(options.destination) if options.destination else library
+
+
+def _open_data(options: TrainOptions) -> DatasetLibrary:
+    tasks = [name for names in options.task for name in names.split(",")]
+    if options.dataset != "starter" and not tasks and not options.all_tasks:
+        raise click.UsageError(
+            f"which tasks of {options.dataset!r}? name them with --task, or take --all; "
+            f"`apps/dataset show` lists them"
+        )
+    whole = options.dataset == "starter" or options.all_tasks
+    with bar(f"tasks of {options.dataset}") as shown:
+        return open_dataset(
+            options.dataset,
+            None if whole else tasks,
+            lambda what, done, total: shown.update(done, total, f"tasks: {what}" if what else None),
+        )
+
+
+def _load(options: TrainOptions) -> BaseModel:
+    with bar("base model") as shown:
+        base = load_base_model(
+            options.model,
+            dtype=options.dtype,
+            progress=lambda what, done, total: shown.update(done, total, what),
+        )
+    dtype = str(base.model.dtype).removeprefix("torch.")
+    console().print(f"base {base.model_id}, {dtype}, on {base.model.device}")
+    return base
+
+
+def _train(plan: Plan, options: TrainOptions, base: BaseModel) -> Expert:
+    trained = _trained(plan, options, base)
+    info = ExpertInfo(
+        expert_name=plan.name,
+        expert_task_name=plan.tasks[0] if len(plan.tasks) == 1 else plan.tasks,
+        expert_config=trained.config,
+        training_config=plan.recipe
+        | {"dataset": options.dataset, "versions": {name: version(name) for name in _TOOLS}},
+        expert_model=base.model_id,
+        model_revision=base.revision,
+        model_fingerprint=base.fingerprint,
+        tokenizer_digest=base.tokenizer_digest,
+        template_digest=base.template_digest,
+        recipe_digest=plan.digest,
+        metrics={
+            "step": trained.step,
+            "train_loss": trained.train_loss,
+            "validation_loss": trained.validation_loss,
+            "examples": trained.examples,
+            "tokens": trained.tokens,
+            "seconds": trained.seconds,
+        },
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    return Expert(info, trained.weights)
+
+
+_TOOLS = ("torch", "transformers", "peft", "mttl-adapters", "mttl-data")
+
+
+def _trained(plan: Plan, options: TrainOptions, base: BaseModel) -> TrainedAdapter:
+    writer = PromptWriter(
+        base.tokenizer,
+        max_length=base.model.config.max_position_embeddings,
+        max_input_length=options.max_input_length,
+        max_output_length=options.max_output_length,
+    )
+
+    def batches(rows: tuple[Row, ...]) -> Batches:
+        examples = writer.examples(rows)
+        cut = truncation(examples)
+        if cut.rows:
+            console().print(
+                f"{plan.name}: {cut.rows} of {len(examples)} rows were too long and lost "
+                f"{cut.source_tokens} tokens of prompts and {cut.target_tokens} of answers"
+            )
+        return Batches(
+            examples, options.batch_size, pad_id=base.tokenizer.pad_token_id, seed=options.seed
+        )
+
+    with bar(f"training {plan.name}", plan.steps) as shown:
+        trained = train_adapter(
+            base.model,
+            plan.adapter,
+            list(islice(batches(plan.train).stream(), plan.steps)),
+            plan.training,
+            validation=list(batches(plan.validation)) if plan.validation else (),
+            checkpoint=plan.checkpoint(options.output),
+            progress=lambda _, done, total: shown.update(done, total),
+        )
+    if trained.resumed_from:
+        console().print(f"{plan.name}: went on from step {trained.resumed_from}")
+    return trained
+
+
+_SCORES = ("base", "base_two_shot", "expert")
+
+
+def _measure(
+    plan: Plan,
+    options: TrainOptions,
+    data: DatasetLibrary,
+    library: ExpertLibrary,
+    base: BaseModel,
+) -> dict[str, Any]:
+    """One row of the table: the base, the base with two examples, and the expert on test rows."""
+    scores: dict[str, list[Score]] = {}
+    expert = library.get_expert(plan.name)
+    for kind, experts, n_shots in (
+        ("base", [], 0),
+        ("base_two_shot", [], TWO_SHOT),
+        ("expert", [expert], 0),
+    ):
+        for task in plan.tasks:
+            score = _score(task, experts, n_shots, options, data, library, base)
+            scores.setdefault(kind, []).append(score)
+    metrics = expert.expert_info.metrics
+    return {
+        "expert_name": plan.name,
+        "task": ",".join(plan.tasks),
+        "metric": scores["expert"][0].metric,
+        "n": sum(score.n for score in scores["expert"]),
+        **{kind: sum(s.value for s in each) / len(each) for kind, each in scores.items()},
+        "ci95": scores["expert"][0].ci95 if len(plan.tasks) == 1 else None,
+        "examples": metrics["examples"],
+        "tokens_per_second": metrics["tokens"] / max(metrics["seconds"], 1e-9),
+        "seconds": metrics["seconds"],
+    }
+
+
+def _score(
+    task: str,
+    experts: list[Expert],
+    n_shots: int,
+    options: TrainOptions,
+    data: DatasetLibrary,
+    library: ExpertLibrary,
+    base: BaseModel,
+) -> Score:
+    held = held_out(data, task, n_shots=n_shots, limit=options.test_rows, metric=options.metric)
+    who = experts[0].name if experts else "base" + " with examples" * bool(n_shots)
+
+    def measure() -> Any:
+        with bar(f"scoring {task}: {who}", len(held.rows)) as shown:
+            done = 0
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done += count
+                shown.update(done)
+
+            size = options.predict_batch_size
+            if not experts:
+                return held.score(base.model, base.tokenizer, size, advance)
+            with apply_expert(base, experts[0]) as model:
+                return held.score(model.model, base.tokenizer, size, advance)
+
+    recipe = held.recipe() | {"base": base.fingerprint, "dtype": str(base.model.dtype)}
+    return library.scores.get_or_make(experts, task, held.metric, recipe, measure)
+
+
+def _table(rows: list[dict[str, Any]], mean: Mapping[str, float]) -> Table:
+    table = Table(title="Held-out scores, in percent", title_justify="left")
+    table.add_column("task", overflow="fold")
+    for column in (
+        "base", "base, 2 examples", "expert", "95 %", "rows", "examples", "tokens/s", "seconds"
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    for row in rows:
+        low_high = "-".join(f"{100 * end:.0f}" for end in row["ci95"] or ())
+        table.add_row(
+            row["expert_name"],
+            *(f"{100 * row[kind]:.1f}" for kind in _SCORES),
+            low_high,
+            str(row["n"]),
+            str(row["examples"]),
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['seconds']:.0f}",
+        )
+    table.add_section()
+    table.add_row("mean", *(f"{100 * mean[kind]:.1f}" for kind in _SCORES))
+    return table
+
+
+def _benchmark_names(options: TrainOptions) -> list[str]:
+    """What to measure with the harness; the tasks trained on are scored in any case."""
+    names = [name for name in options.benchmarks if name != "in_distribution"]
+    return list(BENCHMARKS) if names == ["all"] else [benchmark_name(name) for name in names]
+
+
+def _benchmarks(
+    names: list[str],
+    options: TrainOptions,
+    wanted: list[Plan],
+    library: ExpertLibrary,
+    base: BaseModel,
+) -> list[dict[str, Any]]:
+    """Scores of the base and of each expert on benchmarks, printed and given back."""
+    rows = []
+    table = Table(title="Benchmarks, in percent", title_justify="left")
+    for column in ("model", "benchmark", "rows", "acc", "acc_norm"):
+        table.add_column(column)
+
+    def measure(who: str, model: Any) -> None:
+        with bar(f"benchmarks: {who}") as shown:
+            scores = evaluate_benchmarks(
+                model,
+                base.tokenizer,
+                names,
+                data_dir=options.data_dir,
+                limit=options.test_rows,
+                progress=shown.update,
+            )
+        for name, score in scores.items():
+            rows.append({"model": who, "benchmark": name} | asdict(score))
+            norm = "" if score.acc_norm is None else f"{100 * score.acc_norm:.1f}"
+            table.add_row(who, name, str(score.n), f"{100 * score.acc:.1f}", norm)
+
+    measure("base", base.model)
+    for plan in wanted:
+        with apply_expert(base, library.get_expert(plan.name)) as model:
+            measure(plan.name, model.model)
+    console().print(table)
+    return rows

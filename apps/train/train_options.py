@@ -1,0 +1,92 @@
+"""What one training command is asked to do, checked before anything slow begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+# Trained when no task is named: chosen by measuring (docs/log.md), chance-level tasks left out.
+DEFAULT_TASKS = ("decimal_chain_sum", "family_relationships", "products", "word_sequence_reversal")
+DEFAULT_STEPS = 40
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """One training command; the fields are the options of ``apps/train``."""
+
+    task: tuple[str, ...]
+    all_tasks: bool
+    model: str
+    dataset: str
+    library: str
+    destination: str | None
+    expert_name: str | None
+    replace: bool
+    output: Path
+    rank: int
+    alpha: float
+    dropout: float
+    layers: str
+    modules: str
+    steps: int | None
+    epochs: int | None
+    batch_size: int
+    micro_batch_size: int | None
+    learning_rate: float
+    warmup_proportion: float
+    weight_decay: float
+    scheduler: str
+    evaluate_every: int | None
+    max_input_length: int | None
+    max_output_length: int | None
+    precision: str
+    seed: int
+    train_rows: int | None
+    validation_rows: int
+    test_rows: int | None
+    metric: str | None
+    predict_batch_size: int
+    benchmarks: tuple[str, ...]
+    data_dir: str | None
+    task_source: tuple[str, ...]
+    template_type: tuple[str, ...]
+    leave_out_evaluation_tasks: bool
+
+    @property
+    def dtype(self) -> str:
+        """The base's number format as torch names it, or ``auto``."""
+        names = {"bf16": "bfloat16", "16": "float16", "32": "float32"}
+        return names.get(self.precision, self.precision)
+
+
+def check(**options: Any) -> TrainOptions:
+    """The options as one object.
+
+    Raises:
+        click.UsageError: two of them contradict each other.
+    """
+    options["task"] = tuple(options["task"])
+    for name in ("benchmarks", "task_source", "template_type"):
+        options[name] = _split(options[name])
+    options["output"] = Path(options["output"])
+    if options["alpha"] is None:
+        options["alpha"] = 2.0 * options["rank"]
+    job = TrainOptions(**options)
+    if job.task and job.all_tasks:
+        raise click.UsageError("--all trains every task, so --task does not go with it; give one")
+    if job.expert_name and len(job.task) != 1:
+        raise click.UsageError(
+            f"--expert-name {job.expert_name!r} names one expert, but there are "
+            f"{'many' if job.all_tasks else len(job.task) or len(DEFAULT_TASKS)} tasks; "
+            "give one --task (of several tasks as 'a,b')"
+        )
+    if job.steps and job.epochs:
+        raise click.UsageError("--steps and --epochs both say how long to train; give one")
+    return job
+
+
+def _split(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
