@@ -64,13 +64,15 @@ def starter(
     """Generate the starter mixture: short tasks of reasoning-gym with their own scorers."""
     with known_errors():
         from mttl_data import make_starter
+        from mttl_data.starter import starter_names
 
+        names = starter_names(tasks or None)  # before anything is made
         sizes = {"train": train, "validation": validation, "test": test}
         target = open_library(library, create=True)
         with progress_bar("starter") as told:
             infos = make_starter(
                 target,
-                tasks or None,
+                names,
                 sizes=sizes,
                 seed=seed,
                 replace=replace,
@@ -126,12 +128,14 @@ def flan(
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     with known_errors():
         from mttl_data import EVALUATION_OVERLAP, make_flan
+        from mttl_data.flan_sources import open_source
 
+        rows = open_source(source)  # before anything is made
         target = open_library(library, create=True)
         with progress_bar("flan") as told:
             infos = make_flan(
                 target,
-                source,
+                rows,
                 tasks or None,
                 limit=limit,
                 seed=seed,
@@ -181,7 +185,8 @@ def open_library(uri: str, create: bool = False) -> DatasetLibrary:
         return DatasetLibrary(uri, create=create)
     except NotFound as error:
         raise click.ClickException(
-            f"{error}; make one with: uv run apps/dataset starter --library {uri}"
+            f"there is no dataset library at {uri!r}; check the address, or make one with: "
+            f"uv run apps/dataset starter --library {uri}"
         ) from error
 
 

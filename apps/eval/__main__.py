@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+
 from mttl_experts.jobs import JobCommand, known_errors
 
 # Names that the older command line gives to these options.

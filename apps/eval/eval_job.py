@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 from eval_options import EvalOptions
+from rich.table import Table
+
 from mttl_adapters import (
     EMBEDDED_ID,
     BaseModel,
@@ -40,7 +42,6 @@ from mttl_experts import (
 from mttl_experts.jobs import bar, console, write_json
 from mttl_routing import RoutedModel, apply_expert, merge
 from mttl_storage import StorageError
-from rich.table import Table
 
 KNOWN_ERRORS = (
     BaseModelError,

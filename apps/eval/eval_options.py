@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from mttl_data import benchmark_name
 from mttl_routing import MERGES, ROUTERS
 

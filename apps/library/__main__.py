@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from mttl_experts.jobs import bar, console, known_errors
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+
 from mttl_experts.jobs import JobCommand, known_errors
 
 # Names that the older command line gives to these options.
@@ -83,6 +84,9 @@ at_least_1 = click.IntRange(min=1)
     default="auto",
     type=click.Choice(["auto", "bf16", "16", "32"]),
     help="Number format of the base; adapters are always 32-bit.",
+)
+@click.option(
+    "--checkpoint-seconds", default=10.0, help="Time between two checkpoints of a training."
 )
 @click.option("--seed", default=0, help="Of initial weights, dropout and the order of rows.")
 @click.option("--train-rows", type=at_least_1, help="Most rows to train on. [default: all]")

@@ -11,6 +11,10 @@ from itertools import islice
 from typing import Any
 
 import click
+from rich.table import Table
+from train_options import TrainOptions
+from train_plan import Plan, TakenNameError, is_there, plans
+
 from mttl_adapters import (
     BaseModel,
     BaseModelError,
@@ -46,9 +50,6 @@ from mttl_experts import (
 from mttl_experts.jobs import bar, console, write_json
 from mttl_routing import apply_expert
 from mttl_storage import StorageError
-from rich.table import Table
-from train_options import TrainOptions
-from train_plan import Plan, TakenNameError, is_there, plans
 
 KNOWN_ERRORS = (
     BaseModelError,
@@ -192,6 +193,7 @@ def _trained(plan: Plan, options: TrainOptions, base: BaseModel) -> TrainedAdapt
             plan.training,
             validation=list(batches(plan.validation)) if plan.validation else (),
             checkpoint=plan.checkpoint(options.output),
+            checkpoint_seconds=options.checkpoint_seconds,
             progress=lambda _, done, total: shown.update(done, total),
         )
     if trained.resumed_from:

@@ -43,6 +43,7 @@ class TrainOptions:
     max_input_length: int | None
     max_output_length: int | None
     precision: str
+    checkpoint_seconds: float
     seed: int
     train_rows: int | None
     validation_rows: int

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from train_options import DEFAULT_STEPS, DEFAULT_TASKS, TrainOptions
+
 from mttl_adapters import BaseModel, TrainingConfig, lora_config
 from mttl_data import ANSWER_ONLY, EVALUATION_OVERLAP, DatasetLibrary, EmptyTaskError, Row
 from mttl_experts import ExpertLibrary, recipe_digest
 from mttl_experts.jobs import console
-from train_options import DEFAULT_STEPS, DEFAULT_TASKS, TrainOptions
 
 
 class TakenNameError(ValueError):

@@ -2,8 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mttl_adapters.bank import Bank
 from torch import Tensor
+
+from mttl_adapters.bank import Bank
 
 IN, OUT = 12, 20
 

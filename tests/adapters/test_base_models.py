@@ -3,6 +3,7 @@ import importlib.util
 
 import pytest
 import torch
+
 from mttl_adapters import base_models, embedded
 from mttl_adapters.base_models import BaseModelError, fingerprint, load_base_model, tokenizer_digest
 from mttl_adapters.embedded import EmbeddedModelError

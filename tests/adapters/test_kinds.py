@@ -1,8 +1,9 @@
 import pytest
 import torch
-from mttl_adapters.kinds import linear_layers, lora_config
 from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from mttl_adapters.kinds import linear_layers, lora_config
 
 
 def test_every_linear_layer_but_the_head_is_adapted(model):

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from mttl_adapters.losses import labelled_loss, linear_cross_entropy
 from torch.nn.functional import cross_entropy, linear
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from mttl_adapters.losses import labelled_loss, linear_cross_entropy
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])

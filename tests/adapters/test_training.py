@@ -2,10 +2,11 @@ import copy
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+
 from mttl_adapters.checkpoint import load_checkpoint, save_checkpoint
 from mttl_adapters.kinds import lora_config
 from mttl_adapters.training import TrainingConfig, mean_loss, train_adapter
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
 FAST = TrainingConfig(learning_rate=1e-2)
 

@@ -4,6 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
+
 from mttl_data.batches import (
     ANSWER_ONLY,
     IGNORED,

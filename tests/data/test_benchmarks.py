@@ -5,6 +5,7 @@ import logging
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from mttl_data.benchmarks import BENCHMARKS, evaluate_benchmarks
 from mttl_data.errors import DataNotReachableError, UnknownTaskError
 

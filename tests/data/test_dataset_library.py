@@ -5,6 +5,7 @@ import uuid
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mttl_data.dataset_library import DatasetLibrary
 from mttl_data.errors import EmptyTaskError, TaskExistsError, UnknownTaskError
 from mttl_data.rows import SPLITS, Row

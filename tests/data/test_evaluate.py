@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mttl_data.errors import EmptyTaskError
-from mttl_data.evaluate import evaluate_task, generate_answers, greedy
-from mttl_data.rows import Row
 from transformers import (
     DynamicCache,
     GPTNeoConfig,
@@ -12,6 +9,10 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+
+from mttl_data.errors import EmptyTaskError
+from mttl_data.evaluate import evaluate_task, generate_answers, greedy
+from mttl_data.rows import Row
 
 STOPS = [0, 17, 40, 77, 99, 120, 150, 180, 200, 230]
 

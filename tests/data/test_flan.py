@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from mttl_data import flan
 from mttl_data.dataset_library import DatasetLibrary
 from mttl_data.errors import DataNotReachableError, TaskExistsError, UnknownTaskError

@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mttl_data.metrics import METRICS, exact_match, mean_interval, rouge_l, score_answers
 from mttl_data.rows import Row
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mttl_data
 import pytest
+
+import mttl_data
 
 
 def test_every_public_name_can_be_had():

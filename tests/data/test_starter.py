@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 
 import pytest
+
 from mttl_data.errors import UnknownTaskError
 from mttl_data.metrics import score_answers
 from mttl_data.starter import STARTER_TASKS, starter_rows

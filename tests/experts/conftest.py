@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mttl_experts import Expert, ExpertInfo, ExpertLibrary
 
 HIDDEN, MIDDLE, LAYERS = 16, 24, 2

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+
 from mttl_experts import Expert, ExpertInfo, ExpertLibrary, LocalExpertLibrary, Score
 from mttl_storage import Conflict
 

@@ -1,6 +1,7 @@
 import warnings
 
 import pytest
+
 from mttl_experts import (
     ExpertInfo,
     IncompatibleExpertError,

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
 from mttl_experts import (
     Expert,
     ExpertExistsError,

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from mttl_experts import Expert, ExpertInfo, ExpertLibrary, lora_modules, spectral_forms
 
 pytest.importorskip("peft")  # the package itself does not need it

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mttl_experts.plain import canonical_json, plain, recipe_digest
 
 PLAIN = st.recursive(

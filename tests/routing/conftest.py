@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from mttl_experts import Expert, ExpertInfo
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from mttl_experts import Expert, ExpertInfo
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 32, 48, 16, 61
 BASE_ID = "tests/two-layer-llama"

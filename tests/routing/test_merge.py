@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
+from torch import Tensor
+
 from mttl_experts import Expert, IncompatibleExpertError, UnsupportedAdapterError, lora_modules
 from mttl_routing import MERGES, merge
 from mttl_routing.merge import _key
-from peft import PeftModel
-from torch import Tensor
 
 
 def dense_updates(expert: Expert) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mttl_experts import ExpertLibrary, lora_modules
 from mttl_routing import MERGES, ROUTERS
 

@@ -4,12 +4,13 @@ import threading
 
 import pytest
 import torch
-from mttl_experts import Expert, ExpertInfo, ExpertLibrary, IncompatibleExpertError, lora_modules
-from mttl_routing import RoutedModel, Uniform, apply_expert, merge
-from mttl_routing.routers import arrow_prototypes
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from mttl_experts import Expert, ExpertInfo, ExpertLibrary, IncompatibleExpertError, lora_modules
+from mttl_routing import RoutedModel, Uniform, apply_expert, merge
+from mttl_routing.routers import arrow_prototypes
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

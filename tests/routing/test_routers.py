@@ -1,10 +1,11 @@
 import pytest
 import torch
+from torch import Tensor
+
 from mttl_adapters.bank import Bank
 from mttl_experts import lora_modules
 from mttl_routing import ROUTERS, Arrow, Layer, Router, Rows, Task, Uniform
 from mttl_routing.routers import arrow_prototypes
-from torch import Tensor
 
 EXPERTS = ("anna", "bert", "cleo")
 NO_ROWS = Rows(None, 5)

@@ -2,6 +2,7 @@ import itertools
 import shutil
 
 import pytest
+
 from mttl_storage import Repository, filesystem
 
 _numbers = itertools.count()

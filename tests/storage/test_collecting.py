@@ -3,6 +3,7 @@ import threading
 import time
 
 import pytest
+
 from mttl_storage import NotFound, Repository, collecting
 from mttl_storage.store.base import Upload
 

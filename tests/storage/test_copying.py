@@ -3,6 +3,7 @@ import sys
 import tracemalloc
 
 import pytest
+
 from mttl_storage import NotFound, Repository, copy
 from mttl_storage.__main__ import main
 

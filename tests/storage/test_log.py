@@ -1,4 +1,5 @@
 import pytest
+
 from mttl_storage import Corrupt, Repository
 from mttl_storage.log import HEAD, Log, entry_key, snapshot_key
 from mttl_storage.store.virtual import VirtualStore

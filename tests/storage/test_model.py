@@ -5,6 +5,7 @@ import itertools
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from mttl_storage import Conflict, NotFound, Repository
 
 NAMES = st.sampled_from(["a", "b", "c", "d/e", "d/f"])

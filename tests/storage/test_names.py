@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mttl_storage.names import LIMIT, ancestors, check_name, fold
 
 GOOD = [

@@ -2,6 +2,7 @@ import json
 import pickle
 
 import pytest
+
 from mttl_storage import Conflict, Corrupt, NotFound, ReadOnly, Repository, StorageError, filesystem
 
 FILES = {"weights.bin": b"\0" * 1000, "config.json": b"{}"}

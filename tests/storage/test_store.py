@@ -7,6 +7,7 @@ import threading
 import fsspec
 import pytest
 from fsspec.tests import abstract
+
 from mttl_storage import Conflict, Denied, NotFound, filesystem
 from mttl_storage.store import Store
 from mttl_storage.store.virtual import VirtualStore
@@ -169,7 +170,7 @@ def test_half_written_files_are_hidden_and_tidied(tmp_path):
     assert store.ls("a", detail=False) == ["a/f"]
     assert [entry.key for entry in store.scan()] == ["a/f"]
     assert store.tidy(0) == 0
-    assert store.tidy(os.stat(tmp_path / "a" / ".mttl-tmp-0").st_mtime + 1) == 1
+    assert store.tidy((tmp_path / "a" / ".mttl-tmp-0").stat().st_mtime + 1) == 1
 
 
 def test_without_hard_links_creation_is_still_exclusive(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from mttl_storage import filesystem, parse_uri
 
 

@@ -1,6 +1,7 @@
 import shutil
 
 import pytest
+
 from mttl_storage import Corrupt, NotFound, Repository
 from mttl_storage.verification import verify
 
@@ -47,7 +48,7 @@ def test_one_flipped_bit_is_found_on_read(filled):
 
 def test_one_flipped_bit_in_an_entry_is_found_on_opening(filled):
     folder = filled.store.local_path("")
-    for path in sorted(folder.rglob(".mttl/log/*/*.json")) + [folder / ".mttl/repository.json"]:
+    for path in [*sorted(folder.rglob(".mttl/log/*/*.json")), folder / ".mttl/repository.json"]:
         for bit in range(0, 8 * path.stat().st_size, 97):
             flip(path, bit)
             with pytest.raises(Corrupt):

@@ -19,6 +19,7 @@ from mttl_data.rows import SPLITS, Row
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
     from mttl_storage import Item, Repository
 
 _PREFIX = "datasets/"

@@ -56,7 +56,7 @@ def clean_name(task: str) -> str:
 
 def make_flan(
     library: DatasetLibrary,
-    source: str | PathLike[str] | None = None,
+    source: Source | str | PathLike[str] | None = None,
     tasks: Sequence[str] | None = None,
     *,
     limit: int = FLAN_LIMIT,
@@ -76,7 +76,8 @@ def make_flan(
     Args:
         library: Where the tasks go.
         source: A parquet or jsonl file or a folder of them, with columns source, target and
-            task_name; the hub's ``chiayewken/flan-v2`` if left out.
+            task_name, or what ``flan_sources.open_source`` gave; the hub's
+            ``chiayewken/flan-v2`` if left out.
         tasks: Names, cleaned or not; all if left out.
         limit: Most rows of one task.
         seed: Of the shuffle.
@@ -92,11 +93,11 @@ def make_flan(
     """
     import numpy as np
 
-    from mttl_data.flan_sources import open_source
+    from mttl_data.flan_sources import Source, open_source
 
     if limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit!r}")
-    rows = open_source(source)
+    rows = source if isinstance(source, Source) else open_source(source)
     scan = _Scan(rows, include_task_source, include_template_type, progress)
     counts = scan.counts()
     names = sorted(counts) if tasks is None else list(dict.fromkeys(map(clean_name, tasks)))

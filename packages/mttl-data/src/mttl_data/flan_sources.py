@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mttl_data.hub import hub_dataset
 
@@ -17,6 +17,7 @@ HUB_DATASET = "chiayewken/flan-v2"
 _SUFFIXES = (".parquet", ".jsonl")
 
 
+@runtime_checkable
 class Source(Protocol):
     """Rows that can be read again and again, always in the same order.
 

@@ -34,11 +34,9 @@ def open_dataset(
         DataNotReachableError: There is no such folder, or the hub does not answer.
         UnknownTaskError: It has no such task.
     """
-    from mttl_storage import NotFound
-
-    from mttl_data.flan import make_flan
     from mttl_data.flan_sources import HUB_DATASET
     from mttl_data.starter import make_starter
+    from mttl_storage import NotFound
 
     if name == "starter":
         library = DatasetLibrary(STARTER_LIBRARY, create=True)
@@ -50,9 +48,7 @@ def open_dataset(
                 f"dataset {name!r} is not known; of the hub's datasets {_HUB + HUB_DATASET!r} is "
                 "read, and any other as local files: pass their folder"
             )
-        library = DatasetLibrary("local://mttldata/flan-flat", create=True)
-        make_flan(library, None, _missing(library, tasks), progress=progress)
-        return library
+        return _flat("local://mttldata/flan-flat", None, tasks, progress)
     path = Path(name.removeprefix("local://")).expanduser()
     if "://" not in name or name.startswith("local://"):
         if not path.exists():
@@ -62,9 +58,7 @@ def open_dataset(
             )
         if _holds_rows(path):
             digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-            library = DatasetLibrary(f"local://mttldata/{path.stem}-{digest}", create=True)
-            make_flan(library, path, _missing(library, tasks), progress=progress)
-            return library
+            return _flat(f"local://mttldata/{path.stem}-{digest}", path, tasks, progress)
     try:
         return DatasetLibrary(name)
     except NotFound as error:
@@ -79,6 +73,14 @@ def _holds_rows(path: Path) -> bool:
     return any(file.suffix in _ROWS for file in files)
 
 
-def _missing(library: DatasetLibrary, tasks: Sequence[str] | None) -> Sequence[str] | None:
-    """The wanted tasks that are not there yet; None if all are wanted, whatever there are."""
-    return None if tasks is None else [task for task in tasks if task not in library]
+def _flat(
+    address: str, source: Path | None, tasks: Sequence[str] | None, progress: Progress | None
+) -> DatasetLibrary:
+    """The library at ``address`` with the wanted tasks of ``source``, made where missing."""
+    from mttl_data.flan import make_flan
+
+    library = DatasetLibrary(address, create=True)
+    missing = None if tasks is None else [task for task in tasks if task not in library]
+    if missing != []:
+        make_flan(library, source, missing, progress=progress)
+    return library

@@ -41,7 +41,7 @@ class StarterTask:
         generator: The name that reasoning-gym knows it by.
         options: Settings for the generator; they keep a source under 130 tokens of SmolLM2.
         chance: The best score that one fixed answer gets on every row, measured on 100 rows. Where
-            it is .4 or more, learning the form of the answer looks like skill: no such task is here.
+            it is .4 or more, learning an answer looks like skill: no such task is here.
         answer_tokens: Most tokens that an answer took, measured on 500 rows with SmolLM2's tokens.
         unique_answers: Whether an answer may occur once only. Set where the question holds the
             answer in another order, so that no answer is met in two splits.
@@ -106,10 +106,7 @@ def make_starter(
         replace: Put these rows in place of rows made with other sizes or another seed.
         progress: Told the task that is next, how many are done, and how many there are.
     """
-    names = sorted(STARTER_TASKS) if tasks is None else list(dict.fromkeys(tasks))
-    for name in names:
-        if name not in STARTER_TASKS:
-            raise unknown_task(name, "the starter mixture", STARTER_TASKS)
+    names = starter_names(tasks)
     made = []
     for done, name in enumerate(names):
         if progress is not None:
@@ -131,6 +128,15 @@ def make_starter(
     return made
 
 
+def starter_names(tasks: Sequence[str] | None = None) -> list[str]:
+    """The tasks asked for, each once, or all; ``UnknownTaskError`` names near ones."""
+    names = sorted(STARTER_TASKS) if tasks is None else list(dict.fromkeys(tasks))
+    for name in names:
+        if name not in STARTER_TASKS:
+            raise unknown_task(name, "the starter mixture", STARTER_TASKS)
+    return names
+
+
 def starter_rows(task: str, sizes: Mapping[str, int] = STARTER_SIZES, seed: int = 42) -> list[Row]:
     """Rows of one task, in the order train, validation, test; the same for the same arguments.
 
@@ -142,8 +148,7 @@ def starter_rows(task: str, sizes: Mapping[str, int] = STARTER_SIZES, seed: int 
         sizes: Rows wanted in each of the three splits.
         seed: Another seed gives other rows.
     """
-    if task not in STARTER_TASKS:
-        raise unknown_task(task, "the starter mixture", STARTER_TASKS)
+    starter_names([task])
     if set(sizes) - set(SPLITS) or any(size < 0 for size in sizes.values()):
         raise ValueError(f"sizes must be numbers of rows for {', '.join(SPLITS)}, not {sizes!r}")
     wanted = sum(sizes.values())

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mttl_storage import Conflict, Corrupt, Denied, Item, ReadOnly, StorageFull
-from mttl_storage.items import content_digest
 from torch import Tensor
 
 from mttl_experts.expert import Expert
 from mttl_experts.plain import canonical_json, plain, recipe_digest
 from mttl_experts.tensors import to_safetensors
+from mttl_storage import Conflict, Corrupt, Denied, Item, ReadOnly, StorageFull
+from mttl_storage.items import content_digest
 
 if TYPE_CHECKING:
     from mttl_experts.library import ExpertLibrary

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mttl_storage import FileEntry
-from mttl_storage.items import content_digest
 from torch import Tensor
 
 from mttl_experts.plain import plain
 from mttl_experts.tensors import to_safetensors
+from mttl_storage import FileEntry
+from mttl_storage.items import content_digest
 
 FORMAT = 1
 CONFIG_FILE = "adapter_config.json"

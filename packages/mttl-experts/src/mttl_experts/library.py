@@ -14,6 +14,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
+from mttl_experts.artifacts import Artifacts
+from mttl_experts.compatible import check_targets
+from mttl_experts.errors import ExpertExistsError, expert_not_found
+from mttl_experts.expert import CONFIG_FILE, WEIGHTS_FILE, Expert, ExpertInfo, stored_expert
+from mttl_experts.scores import Scores
+from mttl_experts.tensors import LazyTensors, from_safetensors
 from mttl_storage import (
     Batch,
     Conflict,
@@ -27,14 +35,6 @@ from mttl_storage import (
     parse_uri,
 )
 from mttl_storage import copy as copy_items
-from torch import Tensor
-
-from mttl_experts.artifacts import Artifacts
-from mttl_experts.compatible import check_targets
-from mttl_experts.errors import ExpertExistsError, expert_not_found
-from mttl_experts.expert import CONFIG_FILE, WEIGHTS_FILE, Expert, ExpertInfo, stored_expert
-from mttl_experts.scores import Scores
-from mttl_experts.tensors import LazyTensors, from_safetensors
 
 EXPERTS = "experts/"
 # What update_info may change. The rest says how the weights came to be, and changes with them.

@@ -7,10 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mttl_storage import ReadOnly
-
 from mttl_experts.artifacts import Artifacts, Experts, digests_of
 from mttl_experts.plain import plain
+from mttl_storage import ReadOnly
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mttl_experts import Expert, IncompatibleExpertError, LoraFactors, check_compatible
 from torch import nn
 
+from mttl_experts import Expert, IncompatibleExpertError, LoraFactors, check_compatible
+
 if TYPE_CHECKING:
-    from mttl_adapters.base_models import BaseModel
     from transformers import PreTrainedModel
+
+    from mttl_adapters.base_models import BaseModel
 
 
 @dataclass(frozen=True)

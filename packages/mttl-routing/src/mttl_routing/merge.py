@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mttl_experts import Expert, ExpertInfo, LoraFactors, recipe_digest
 from torch import Tensor
 
+from mttl_experts import Expert, ExpertInfo, LoraFactors, recipe_digest
 from mttl_routing.cohort import Experts, check_one_base, experts_of, factors_by_module
 from mttl_routing.merges import MERGES, Merge, MergeRule, Update
 from mttl_routing.merges.factoring import Factored, factored

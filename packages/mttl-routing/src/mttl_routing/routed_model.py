@@ -16,19 +16,20 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from mttl_adapters.bank import Bank
-from mttl_experts import Expert
 from torch import Tensor, nn
 
+from mttl_adapters.bank import Bank
+from mttl_experts import Expert
 from mttl_routing.attachment import attachment_points, base_of
 from mttl_routing.cohort import Experts, check_one_base, experts_of, factors_by_module
 from mttl_routing.routers import ROUTERS, Layer, Router, RouterOptions, Rows
 from mttl_routing.routers.arrow import prototypes_in_library, prototypes_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from mttl_adapters.base_models import BaseModel
     from mttl_experts import ExpertLibrary
-    from transformers import PreTrainedModel
 
 Tasks = str | Sequence[str | None]
 

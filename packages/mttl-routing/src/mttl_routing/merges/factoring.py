@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from mttl_experts import spectral_form
 from torch import Tensor
 
+from mttl_experts import spectral_form
 from mttl_routing.merges.rule import LowRank
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from mttl_experts import LoraFactors
 from torch import Tensor
+
+from mttl_experts import LoraFactors
 
 
 @dataclass(frozen=True, eq=False)

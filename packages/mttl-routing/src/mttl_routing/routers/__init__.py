@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from mttl_experts import Expert
 from torch import Tensor
 
+from mttl_experts import Expert
 from mttl_routing.routers.arrow import Arrow, arrow_prototypes
 from mttl_routing.routers.protocol import Layer, Router, Rows
 from mttl_routing.routers.task import Task

@@ -11,9 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from mttl_experts import Expert, spectral_forms
 from torch import Tensor
 
+from mttl_experts import Expert, spectral_forms
 from mttl_routing.routers.protocol import Layer, Rows
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from mttl_adapters.bank import Bank
 from torch import Tensor
+
+from mttl_adapters.bank import Bank
 
 
 @dataclass(frozen=True, eq=False)

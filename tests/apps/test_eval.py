@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from mttl_experts import ExpertLibrary
+from mttl_storage import Repository
+
+
+def results(folder="mttldata/eval"):
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+@pytest.fixture
+def library(train):
+    """Experts for both tasks."""
+    outcome = train("--all", "--steps", "60", "--learning-rate", "0.02")
+    assert outcome.exit_code == 0, outcome.output
+    return ExpertLibrary("local://mttldata/library")
+
+
+@pytest.fixture
+def evaluate(app):
+    return lambda *args: app("eval", "--precision", "32", *args)
+
+
+def test_the_table_and_the_file_have_every_task_and_the_mean(library, evaluate):
+    outcome = evaluate("--merge", "uniform")
+    assert outcome.exit_code == 0, outcome.output
+    found = results()
+    assert found["method"] == "uniform"
+    assert found["library"] == library.uri
+    assert found["generation"] == library.generation
+    assert found["experts"] == {name: library.digest(name) for name in library}
+    assert [row["task"] for row in found["tasks"]] == ["copy_first", "copy_last"]
+    for row in found["tasks"]:
+        assert row.keys() == {
+            "task", "metric", "n", "base", "base_two_shot", "expert", "model", "ci95"
+        }  # fmt: skip
+        low, high = row["ci95"]
+        assert low <= row["model"] <= high
+    for column in ("base", "expert", "model"):
+        assert found["mean"][column] == pytest.approx(
+            sum(row[column] for row in found["tasks"]) / 2
+        )
+    assert "copy_first" in outcome.output
+
+
+def test_the_oracle_is_each_expert_on_its_own_task(library, evaluate):
+    assert evaluate("--route", "oracle").exit_code == 0
+    for row in results()["tasks"]:
+        assert row["model"] == pytest.approx(row["expert"])
+    assert results()["mean"]["expert"] > results()["mean"]["base"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--merge", "ties", "--rank", "2", "--density", "0.5"),
+        ("--route", "arrow", "--top-k", "1"),
+        ("--route", "uniform"),
+        ("-k", "merge_or_route=arrow", "router_temp=0.5", "recompute_prototypes=True"),
+        ("-k", "merge_or_route=uniform_lora_after_op"),
+        ("-k", "merge_or_route=base"),
+        ("--merge", "uniform", "--selection", "copy_last"),
+    ],
+)
+def test_each_way_to_one_model_gives_scores(library, evaluate, args):
+    outcome = evaluate(*args, "--test-rows", "4")
+    assert outcome.exit_code == 0, outcome.output
+    assert all(0 <= row["model"] <= 1 for row in results()["tasks"])
+
+
+def test_uniform_merging_is_uniform_routing(library, evaluate):
+    evaluate("--merge", "uniform")
+    merged = [row["model"] for row in results()["tasks"]]
+    evaluate("--route", "uniform")
+    assert [row["model"] for row in results()["tasks"]] == pytest.approx(merged)
+
+
+def test_scores_are_measured_once(library, evaluate):
+    evaluate("--merge", "uniform")
+    generation = Repository.open(library.uri).generation
+    assert evaluate("--merge", "uniform").exit_code == 0
+    assert Repository.open(library.uri).generation == generation
+
+
+def test_the_older_form_of_the_command_works(library, evaluate, monkeypatch):
+    outcome = evaluate(
+        *("-k", "output_dir=an_expert_eval/", f"library_id={library.uri}"),
+        *("pipeline_eval_tasks=in_distribution", "merge_or_route='uniform'"),
+    )
+    assert outcome.exit_code == 0, outcome.output
+    assert results("an_expert_eval")["method"] == "uniform"
+
+
+def test_an_expert_for_another_base_is_refused(library, evaluate, tmp_path, base_folder):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in base_folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    outcome = evaluate("--merge", "uniform", "--model", other)
+    assert outcome.exit_code == 1
+    last = outcome.output.strip().splitlines()[-1]
+    assert str(base_folder) in last
+    assert str(other) in last
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--merge", "unifrom"), ("'unifrom'", "uniform", "ties")),
+        (("--route", "arow"), ("'arow'", "arrow", "oracle")),
+        (("--merge", "ties", "--route", "arrow"), ("give one",)),
+        (("--library", "local://nope"), ("nope",)),
+        (("-k", "merge_or_route=magic"), ("'magic'", "uniform_lora_after_op")),
+    ],
+)
+def test_bad_input_is_one_clear_line(evaluate, args, words):
+    outcome = evaluate(*args)
+    assert outcome.exit_code in (1, 2)
+    assert "Traceback" not in outcome.output
+    for word in words:
+        assert word in outcome.output.strip().splitlines()[-1]

@@ -1,0 +1,209 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mttl_experts import ExpertLibrary
+from mttl_storage import Repository
+
+ROOT = Path(__file__).parents[2]
+
+
+def results(folder="mttldata/train"):
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+def last_line(outcome):
+    return outcome.output.strip().splitlines()[-1]
+
+
+def test_an_expert_is_trained_scored_and_kept_with_its_facts(train, base_folder):
+    outcome = train("--task", "copy_last")
+    assert outcome.exit_code == 0, outcome.output
+    library = ExpertLibrary("local://mttldata/library")
+    info = library.infos()["copy_last"]
+    assert info.tasks == ("copy_last",)
+    assert info.expert_model == str(base_folder)
+    assert info.model_fingerprint
+    assert info.recipe_digest
+    assert info.metrics["examples"] == 24
+    (row,) = results()["experts"]
+    assert row["metric"] == "rouge_l"
+    assert row["n"] > 0
+    assert {"base", "base_two_shot", "expert", "tokens_per_second", "seconds"} <= row.keys()
+    assert library.verify() == []
+    assert "copy_last" in outcome.output
+
+
+def test_what_is_there_is_skipped(train):
+    first = train("--task", "copy_last")
+    generation = ExpertLibrary("local://mttldata/library").generation
+    again = train("--task", "copy_last")
+    assert "1 there already" in again.output
+    assert ExpertLibrary("local://mttldata/library").generation == generation
+    assert first.exit_code == again.exit_code == 0
+
+
+def test_another_recipe_under_a_taken_name_is_refused_and_loses_nothing(train):
+    train("--task", "copy_last")
+    digest = ExpertLibrary("local://mttldata/library").digest("copy_last")
+    outcome = train("--task", "copy_last", "--seed", "5")
+    assert outcome.exit_code != 0
+    assert "training.seed 0, here 5" in outcome.output
+    assert "--replace" in last_line(outcome)
+    assert ExpertLibrary("local://mttldata/library").digest("copy_last") == digest
+    assert train("--task", "copy_last", "--seed", "5", "--replace").exit_code == 0
+    assert ExpertLibrary("local://mttldata/library").digest("copy_last") != digest
+
+
+def test_one_expert_for_two_tasks_and_one_each(train):
+    outcome = train("--task", "copy_last,copy_first", "--expert-name", "both")
+    assert outcome.exit_code == 0, outcome.output
+    assert train("--all").exit_code == 0
+    library = ExpertLibrary("local://mttldata/library")
+    assert library.keys() == ["both", "copy_first", "copy_last"]
+    assert library.infos()["both"].tasks == ("copy_first", "copy_last") or library.infos()[
+        "both"
+    ].tasks == ("copy_last", "copy_first")
+
+
+def test_keys_of_the_older_command_line_set_the_same_options(app, base_folder, task_folder):
+    Path("a.json").write_text(json.dumps({"lora_rank": 2, "total_steps": 9, "precision": "32"}))
+    Path("b.json").write_text(json.dumps({"total_steps": 2}))
+    outcome = app(
+        "train",
+        *("-c", "a+b.json", "-k", f"model={base_folder}", f"dataset={task_folder}"),
+        *("finetune_task_name=copy_last", "expert_name=predictor", "output_dir=an_expert/"),
+        *("library_id=local://lib", "include_task_source=P3", "max_output_length=4"),
+    )
+    assert outcome.exit_code == 0, outcome.output
+    info = ExpertLibrary("local://lib").infos()["predictor"]
+    assert info.expert_config["r"] == 2
+    assert info.training_config["steps"] == 2
+    assert info.training_config["filters"]["task_source"] == ["P3"]
+    assert results("an_expert")["experts"][0]["expert_name"] == "predictor"
+
+
+def test_epochs_count_steps(train):
+    assert train("--task", "copy_last", "--epochs", "2", "--batch-size", "10").exit_code == 0
+    training = ExpertLibrary("local://mttldata/library").infos()["copy_last"].training_config
+    assert training["steps"] == 2 * -(-training["rows"]["train"] // 10)
+
+
+def test_a_copy_of_the_library_takes_the_expert_if_asked(train):
+    train("--task", "copy_last")
+    assert train("--task", "copy_first", "--destination", "local://copy").exit_code == 0
+    assert ExpertLibrary("local://mttldata/library").keys() == ["copy_last"]
+    assert ExpertLibrary("local://copy").keys() == ["copy_first", "copy_last"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--task", "copy_lats"), ("'copy_lats'", "did you mean 'copy_last'")),
+        ((), ("which tasks", "--task")),
+        (("--task", "copy_last", "--rank", "0"), ("--rank", "0")),
+        (("--task", "copy_last", "--layers", "nope"), ("'nope'", "q_proj")),
+        (("--task", "copy_last", "--all"), ("--all",)),
+        (("--expert-name", "x", "--all"), ("--expert-name 'x'", "many")),
+        (("--task", "copy_last", "--steps", "1", "--epochs", "1"), ("--steps and --epochs",)),
+        (("--task", "copy_last", "--task-source", "CoT"), ("no train rows", "CoT")),
+        (("-k", "lora_rnk=3"), ("unknown key 'lora_rnk'", "'lora_rank'")),
+        (("-k", "lora_rank"), ("KEY=VALUE",)),
+        (("-c", "nope"), ("no config file 'nope'", "configs")),
+        (("--task", "copy_last", "--benchmarks", "arc-hard"), ("arc-hard", "arc-easy")),
+    ],
+)
+def test_bad_input_is_one_clear_line(train, args, words):
+    outcome = train(*args)
+    assert outcome.exit_code in (1, 2)
+    assert "Traceback" not in outcome.output
+    for word in words:
+        assert word in last_line(outcome)
+
+
+def test_a_config_that_is_not_json_says_where(train):
+    Path("bad.json").write_text('{"rank": 4,\n oops}')
+    outcome = train("-c", "bad.json")
+    assert "'bad.json' is not JSON" in last_line(outcome)
+    assert "line 2" in last_line(outcome)
+
+
+def test_a_dataset_that_is_not_there_says_what_to_pass(train):
+    outcome = train("--task", "copy_last", dataset="nowhere")
+    assert "no dataset at 'nowhere'" in last_line(outcome)
+
+
+def test_a_model_folder_without_weights_is_one_clear_line(train, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    outcome = train("--task", "copy_last", model=tmp_path / "empty")
+    assert "no weights" in last_line(outcome)
+
+
+def test_a_library_that_cannot_be_written_is_one_clear_line(train, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    outcome = train("--task", "copy_last", "--library", "local://file")
+    assert outcome.exit_code == 1
+    assert "file is in the way" in last_line(outcome)
+
+
+def test_too_long_rows_are_cut_and_counted(train):
+    outcome = train("--task", "copy_last", "--max-input-length", "9")
+    assert outcome.exit_code == 0, outcome.output
+    assert "rows were too long and lost" in outcome.output
+
+
+def test_no_hub_is_one_clear_line(app, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    outcome = app(
+        "train",
+        *("-c", ROOT / "configs/wiki-mmlu/gptneo_125m_flan.json", "-k"),
+        *("finetune_task_name=ai2_arc_ARC_Easy_1_0_0", "num_train_epochs=1"),
+        *("output_dir=an_expert/", "library_id=local://mttldata/mttladapters-predictor"),
+        *("pipeline_eval_tasks=arc-easy", "expert_name=predictor"),
+    )
+    assert outcome.exit_code == 1
+    assert "Traceback" not in outcome.output
+    assert "hub" in last_line(outcome)
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint(base_folder, task_folder, tmp_path):
+    command = [sys.executable, ROOT / "apps/train", "--model", base_folder]
+    command += ["--dataset", task_folder, "--rank", "2", "--task", "copy_last", "--precision", "32"]
+    command += ["--steps", "4000", "--test-rows", "2", "--validation-rows", "0"]
+    command += ["--checkpoint-seconds", "0.2"]
+    checkpoints = tmp_path / "mttldata/train/checkpoints"
+    process = subprocess.Popen(
+        [str(part) for part in command], cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 90
+    while not any(checkpoints.glob("*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert any(checkpoints.glob("*.safetensors"))
+    assert Repository.open(f"local://{tmp_path}/mttldata/library").verify() == []
+    again = subprocess.run(
+        [str(part) for part in command], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "went on from step" in again.stdout
+    assert not any(checkpoints.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "dataset", "library"])
+def test_help_comes_without_heavy_imports(name):
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['x', '--help']\n"
+        "try: runpy.run_path(sys.path.pop(0) or '.', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'peft', 'pyarrow'} & sys.modules.keys()\n"
+        "sys.exit(f'help imports {heavy}' if heavy else 0)\n"
+    ).replace("sys.path.pop(0) or '.'", repr(str(ROOT / "apps" / name)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Options" in done.stdout
