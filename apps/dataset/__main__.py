@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+
+from mttl_experts.jobs import bar, console, known_errors, write_json
 
 if TYPE_CHECKING:
     from mttl_data import DatasetLibrary, TaskInfo
 
 LIBRARY = "local://mttldata/datasets"
-LINE_EVERY_S = 5.0  # between two plain lines of progress
 
 library_option = click.option(
     "--library",
@@ -62,21 +59,21 @@ def starter(
     json_path: Path | None,
 ) -> None:
     """Generate the starter mixture: short tasks of reasoning-gym with their own scorers."""
-    with known_errors():
+    with known_errors(*_known()):
         from mttl_data import make_starter
         from mttl_data.starter import starter_names
 
         names = starter_names(tasks or None)  # before anything is made
         sizes = {"train": train, "validation": validation, "test": test}
         target = open_library(library, create=True)
-        with progress_bar("starter") as told:
+        with bar("starter") as shown:
             infos = make_starter(
                 target,
                 names,
                 sizes=sizes,
                 seed=seed,
                 replace=replace,
-                progress=lambda task, done, total: told(task or "done", done, total),
+                progress=lambda task, done, total: shown.update(done, total, f"starter: {task}"),
             )
         report(target, infos, json_path)
 
@@ -123,16 +120,16 @@ def flan(
     json_path: Path | None,
 ) -> None:
     """Make the FLAN flat set from the hub, or from a local copy."""
-    if not sys.stderr.isatty():  # else datasets shows its own bars while it downloads
+    if not console().is_terminal:  # else datasets shows its own bars while it downloads
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    with known_errors():
+    with known_errors(*_known()):
         from mttl_data import EVALUATION_OVERLAP, make_flan
         from mttl_data.flan_sources import open_source
 
         rows = open_source(source)  # before anything is made
         target = open_library(library, create=True)
-        with progress_bar("flan") as told:
+        with bar("flan") as shown:
             infos = make_flan(
                 target,
                 rows,
@@ -143,7 +140,7 @@ def flan(
                 include_template_type=include_template_type,
                 keep_split=keep_split,
                 replace=replace,
-                progress=told,
+                progress=lambda doing, done, total: shown.update(done, total, f"flan: {doing}"),
             )
         report(target, infos, json_path)
         overlap = sorted(EVALUATION_OVERLAP & {info.task for info in infos})
@@ -164,7 +161,7 @@ def show(library: str, tasks: Sequence[str], samples: int, json_path: Path | Non
 
     Without --task the sample is of the first task.
     """
-    with known_errors():
+    with known_errors(*_known()):
         target = open_library(library)
         infos = [target.info(task) for task in tasks or target.tasks()]
         shown = infos if tasks else infos[:1]
@@ -193,7 +190,6 @@ def open_library(uri: str, create: bool = False) -> DatasetLibrary:
 def report(library: DatasetLibrary, infos: Sequence[TaskInfo], json_path: Path | None) -> None:
     """A table for people, and the same as JSON where that is asked for."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title=f"{library.uri} ({len(infos)} tasks)")
@@ -205,10 +201,7 @@ def report(library: DatasetLibrary, infos: Sequence[TaskInfo], json_path: Path |
     for info in infos:
         sizes = [str(info.sizes.get(split, 0)) for split in ("train", "validation", "test")]
         table.add_row(info.task, *sizes, info.metric, info.source)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140
-    console.print(table)
+    console().print(table)
     if json_path is not None:
         content = {
             "library": library.uri,
@@ -226,66 +219,23 @@ def report(library: DatasetLibrary, infos: Sequence[TaskInfo], json_path: Path |
                 for info in infos
             ],
         }
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(json_path, content)
 
 
-Told = Callable[[str, int, int | None], Any]
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Told]:
-    """A bar with the time left on a terminal, and a plain line now and then elsewhere."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            line = bar.add_task(title, total=None)
-
-            def draw(doing: str, done: int, total: int | None) -> None:
-                if done == 0:  # another stage: its own start, its own time left
-                    bar.reset(line, total=total, description=f"{title}: {doing}")
-                bar.update(line, completed=done, total=total, description=f"{title}: {doing}")
-
-            yield draw
-        return
-    last = time.monotonic()
-
-    def write(doing: str, done: int, total: int | None) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LINE_EVERY_S:
-            last = time.monotonic()
-            of = "" if total is None else f" of {total}"
-            click.echo(f"{title}: {doing}, {done}{of}", err=True)
-
-    yield write
-
-
-@contextmanager
-def known_errors() -> Iterator[None]:
-    """What a user can cause ends in one line."""
-    from mttl_data import DataNotReachableError, UnknownTaskError
+def _known() -> tuple[type[Exception], ...]:
+    """What a user can cause, and is shown as one line."""
+    from mttl_data import DataNotReachableError, EmptyTaskError, TaskExistsError, UnknownTaskError
     from mttl_storage import StorageError
 
-    known = (DataNotReachableError, UnknownTaskError, StorageError, ValueError, FileNotFoundError)
-    try:
-        yield
-    except known as error:
-        raise click.ClickException(str(error)) from error
+    return (
+        DataNotReachableError,
+        EmptyTaskError,
+        StorageError,
+        TaskExistsError,
+        UnknownTaskError,
+        ValueError,
+    )
 
 
 if __name__ == "__main__":
-    main(prog_name="dataset")
+    main(prog_name="apps/dataset")

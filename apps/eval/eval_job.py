@@ -26,6 +26,7 @@ from mttl_data import (
     DatasetLibrary,
     EmptyTaskError,
     UnknownTaskError,
+    check_benchmarks,
     evaluate_benchmarks,
     held_out,
     open_dataset,
@@ -64,6 +65,7 @@ def run(options: EvalOptions) -> None:
     experts = list(library.values())
     if not experts:
         raise click.UsageError(f"{library.uri} has no experts to evaluate; train some first")
+    check_benchmarks(options.harness, options.data_dir)
     evaluation = Evaluation(options, library, experts)
     rows = []
     if options.in_distribution:

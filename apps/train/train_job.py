@@ -34,6 +34,7 @@ from mttl_data import (
     TaskExistsError,
     UnknownTaskError,
     benchmark_name,
+    check_benchmarks,
     evaluate_benchmarks,
     held_out,
     open_dataset,
@@ -293,7 +294,9 @@ def _table(rows: list[dict[str, Any]], mean: Mapping[str, float]) -> Table:
 def _benchmark_names(options: TrainOptions) -> list[str]:
     """What to measure with the harness; the tasks trained on are scored in any case."""
     names = [name for name in options.benchmarks if name != "in_distribution"]
-    return list(BENCHMARKS) if names == ["all"] else [benchmark_name(name) for name in names]
+    names = list(BENCHMARKS) if names == ["all"] else [benchmark_name(name) for name in names]
+    check_benchmarks(names, options.data_dir)  # before hours of training, not after
+    return names
 
 
 def _benchmarks(

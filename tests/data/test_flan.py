@@ -258,7 +258,7 @@ def test_a_source_that_is_not_one_is_named(tmp_path, library, name, content, mat
 
 
 def test_a_source_that_is_not_there_is_named(library):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(DataNotReachableError, match="nowhere"):
         make_flan(library, "nowhere")
 
 

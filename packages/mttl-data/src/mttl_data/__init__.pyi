@@ -35,6 +35,9 @@ from .benchmarks import (
     benchmark_name as benchmark_name,
 )
 from .benchmarks import (
+    check_benchmarks as check_benchmarks,
+)
+from .benchmarks import (
     evaluate_benchmarks as evaluate_benchmarks,
 )
 from .dataset_library import (
@@ -160,6 +163,7 @@ __all__ = [
     "Truncation",
     "UnknownTaskError",
     "benchmark_name",
+    "check_benchmarks",
     "clean_name",
     "collate",
     "end_token_id",

@@ -173,6 +173,12 @@ def evaluate_benchmarks(
     return {name: _score(results["samples"][name], harness.cut) for name in chosen}
 
 
+def check_benchmarks(names: Sequence[str], data_dir: str | PathLike[str] | None = None) -> None:
+    """Raise what ``evaluate_benchmarks`` would for names and rows that are not to be had."""
+    for name in names:
+        _rows(benchmark_name(name), data_dir)
+
+
 def benchmark_name(name: str) -> str:
     """The name in ``BENCHMARKS`` that is meant; ``UnknownTaskError`` lists the known."""
     plain = name.strip().lower().replace("_", "-")

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from mttl_data.errors import DataNotReachableError
 from mttl_data.hub import hub_dataset
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def open_source(path: str | PathLike[str] | None) -> Source:
         )
     root = Path(path)
     if not root.exists():
-        raise FileNotFoundError(f"there is no file or folder {str(path)!r} to take rows from")
+        raise DataNotReachableError(f"there is no file or folder {str(path)!r} to take rows from")
     files = [root]
     if root.is_dir():
         files = sorted(file for file in root.rglob("*") if file.suffix in _SUFFIXES)

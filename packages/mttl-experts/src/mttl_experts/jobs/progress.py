@@ -43,6 +43,10 @@ class Bar:
 
     def update(self, done: int, total: int | None = None, what: str | None = None) -> None:
         """Say that ``done`` steps are done; also of how many, or of what, where that changed."""
+        if what not in (None, self._what) and not done:  # another stage, with a time of its own
+            self._start = time.monotonic()
+            if self._progress and self._task is not None:
+                self._progress.reset(self._task, total=total)
         self._what, self._total = what or self._what, total or self._total
         if self._progress and self._task is not None:
             self._progress.update(
