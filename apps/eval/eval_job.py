@@ -51,6 +51,7 @@ KNOWN_ERRORS = (
     EmptyTaskError,
     ExpertNotFoundError,
     IncompatibleExpertError,
+    OSError,  # a full disk, a folder that cannot be written
     StorageError,
     UnknownTaskError,
     UnsupportedAdapterError,
@@ -218,7 +219,10 @@ class Evaluation:
                     done += count
                     shown.update(done)
 
-                return held.score(model, self.base.tokenizer, self.options.batch_size, advance)
+                score = held.score(model, self.base.tokenizer, self.options.batch_size, advance)
+            if score.truncation.rows:
+                console().print(f"{task}: of {score.n}, {score.truncation}")
+            return score
 
         recipe = held.recipe() | {
             "base": self.base.fingerprint,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -59,6 +60,7 @@ KNOWN_ERRORS = (
     EmptyTaskError,
     ExpertNotFoundError,
     IncompatibleExpertError,
+    OSError,  # a full disk, a folder that cannot be written
     StorageError,
     TakenNameError,
     TaskExistsError,
@@ -178,10 +180,7 @@ def _trained(plan: Plan, options: TrainOptions, base: BaseModel) -> TrainedAdapt
         examples = writer.examples(rows)
         cut = truncation(examples)
         if cut.rows:
-            console().print(
-                f"{plan.name}: {cut.rows} of {len(examples)} rows were too long and lost "
-                f"{cut.source_tokens} tokens of prompts and {cut.target_tokens} of answers"
-            )
+            console().print(f"{plan.name}: of {len(examples)}, {cut}")
         return Batches(
             examples, options.batch_size, pad_id=base.tokenizer.pad_token_id, seed=options.seed
         )
@@ -258,11 +257,12 @@ def _score(
                 done += count
                 shown.update(done)
 
-            size = options.predict_batch_size
-            if not experts:
-                return held.score(base.model, base.tokenizer, size, advance)
-            with apply_expert(base, experts[0]) as model:
-                return held.score(model.model, base.tokenizer, size, advance)
+            with apply_expert(base, experts[0]) if experts else nullcontext(base) as asked:
+                size = options.predict_batch_size
+                score = held.score(asked.model, base.tokenizer, size, advance)
+        if score.truncation.rows:
+            console().print(f"{task}: of {score.n}, {score.truncation}")
+        return score
 
     recipe = held.recipe() | {"base": base.fingerprint, "dtype": str(base.model.dtype)}
     return library.scores.get_or_make(experts, task, held.metric, recipe, measure)

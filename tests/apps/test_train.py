@@ -151,6 +151,14 @@ def test_a_library_that_cannot_be_written_is_one_clear_line(train, tmp_path):
     assert "file is in the way" in last_line(outcome)
 
 
+def test_an_output_that_cannot_be_written_is_one_clear_line(train):
+    Path("file").write_text("in the way")
+    outcome = train("--task", "copy_last", "--output", "file")
+    assert outcome.exit_code == 1
+    assert "Traceback" not in outcome.output
+    assert "file" in last_line(outcome)
+
+
 def test_too_long_rows_are_cut_and_counted(train):
     outcome = train("--task", "copy_last", "--max-input-length", "9")
     assert outcome.exit_code == 0, outcome.output

@@ -50,6 +50,13 @@ class Truncation:
     source_tokens: int
     target_tokens: int
 
+    def __str__(self) -> str:
+        """A sentence for people."""
+        return (
+            f"{self.rows} rows were too long and lost {self.source_tokens} tokens of their prompts "
+            f"and {self.target_tokens} of their answers"
+        )
+
 
 class PromptWriter:
     """Turns rows into token ids for one tokenizer, one instruction and one set of solved examples.
