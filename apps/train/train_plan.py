@@ -12,7 +12,7 @@ from train_options import DEFAULT_STEPS, DEFAULT_TASKS, TrainOptions
 
 from mttl_adapters import BaseModel, TrainingConfig, lora_config
 from mttl_data import ANSWER_ONLY, EVALUATION_OVERLAP, DatasetLibrary, EmptyTaskError, Row
-from mttl_experts import ExpertLibrary, recipe_digest
+from mttl_experts import ExpertLibrary, check_expert_name, recipe_digest
 from mttl_experts.jobs import console
 
 
@@ -147,7 +147,7 @@ def _plan(
         "batch_size": options.batch_size,
         "training": asdict(training),
     }
-    name = options.expert_name or "+".join(tasks)
+    name = check_expert_name(options.expert_name or "+".join(tasks))
     return Plan(name, tasks, tuple(train), tuple(validation), adapter, training, steps, recipe)
 
 

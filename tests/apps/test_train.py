@@ -108,6 +108,8 @@ def test_a_copy_of_the_library_takes_the_expert_if_asked(train):
         (("--task", "copy_last", "--rank", "0"), ("--rank", "0")),
         (("--task", "copy_last", "--layers", "nope"), ("'nope'", "q_proj")),
         (("--task", "copy_last", "--all"), ("--all",)),
+        (("--task", "copy_last", "--expert-name", "a/b"), ("'a/b'", "'a_b'")),
+        (("--task", "copy_last", "--library", "s3://bucket"), ("'s3'", "local")),
         (("--expert-name", "x", "--all"), ("--expert-name 'x'", "many")),
         (("--task", "copy_last", "--steps", "1", "--epochs", "1"), ("--steps and --epochs",)),
         (("--task", "copy_last", "--task-source", "CoT"), ("no train rows", "CoT")),

@@ -40,6 +40,9 @@ from .library import (
 from .library import (
     VirtualLocalLibrary as VirtualLocalLibrary,
 )
+from .library import (
+    check_expert_name as check_expert_name,
+)
 from .plain import (
     recipe_digest as recipe_digest,
 )
@@ -86,6 +89,7 @@ __all__ = [
     "UnsupportedAdapterError",
     "VirtualLocalLibrary",
     "check_compatible",
+    "check_expert_name",
     "check_targets",
     "inner_product",
     "lora_modules",

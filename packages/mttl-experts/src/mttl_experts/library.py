@@ -26,12 +26,14 @@ from mttl_storage import (
     Batch,
     Conflict,
     Corrupt,
+    InvalidName,
     Item,
     NotFound,
     Problem,
     ReadOnly,
     Repository,
     StorageError,
+    check_name,
     parse_uri,
 )
 from mttl_storage import copy as copy_items
@@ -235,7 +237,7 @@ class ExpertLibrary:
             IncompatibleExpertError: when its config attaches to nothing.
         """
         writer = self._expert_writer()
-        name = _checked_name(expert.name)
+        name = check_expert_name(expert.name)
         check_targets(expert.expert_info)
         try:
             added = writer.add(EXPERTS + name, expert.files(), expert.expert_info.to_dict())
@@ -293,7 +295,7 @@ class ExpertLibrary:
             ExpertExistsError: when there is one of the new name.
         """
         self._expert_writer()
-        info = dataclasses.replace(self._facts(old), expert_name=_checked_name(new))
+        info = dataclasses.replace(self._facts(old), expert_name=check_expert_name(new))
         taken = self._staged.get(new, EXPERTS + new in self._repository)
         if taken and new != old:
             raise ExpertExistsError(
@@ -509,13 +511,19 @@ def _names(selection: str | Iterable[str] | None) -> frozenset[str] | None:
     return frozenset(selection)
 
 
-def _checked_name(name: str) -> str:
+def check_expert_name(name: str) -> str:
+    """The name itself, if an expert can have it in a library on any backend.
+
+    Raises:
+        InvalidName: saying what is wrong with it.
+    """
     for sign in "/,":
         if sign in name:
-            raise ValueError(
+            raise InvalidName(
                 f"expert name {name!r} has a {sign!r} in it, which parts names in addresses and "
                 "selections; choose another, such as " + repr(name.replace(sign, "_"))
             )
+    check_name(EXPERTS + name)
     return name
 
 

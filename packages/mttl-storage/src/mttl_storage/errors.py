@@ -13,6 +13,10 @@ class NotFound(StorageError, FileNotFoundError):  # noqa: N818 - the public name
     """There is no such repository, item, file or generation."""
 
 
+class InvalidName(StorageError, ValueError):  # noqa: N818
+    """An address or a name that cannot be used."""
+
+
 class Conflict(StorageError):  # noqa: N818
     """Someone else changed the same thing first, or the name is taken."""
 

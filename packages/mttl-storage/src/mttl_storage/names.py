@@ -6,6 +6,8 @@ The rule is one for every backend, so that anything can be copied anywhere.
 import re
 import unicodedata
 
+from mttl_storage.errors import InvalidName
+
 LIMIT = 400
 """Most UTF-8 bytes in a whole name."""
 SEGMENT_LIMIT = 200
@@ -22,13 +24,13 @@ _DEVICES = {"con", "prn", "aux", "nul", "clock$", "conin$", "conout$"} | {
 
 
 def check_name(name: str, what: str = "name") -> str:
-    """The name itself, if every backend can store it; ValueError says what is wrong otherwise."""
+    """The name itself, if every backend can store it; InvalidName says what is wrong otherwise."""
     if not isinstance(name, str):
         raise TypeError(f"{what} must be a str, not {type(name).__name__}")
     problem = _problem(name)
     if problem:
         shown = repr(name if len(name) <= 80 else name[:77] + "...")
-        raise ValueError(f"{what} {shown} cannot be used: {problem}")
+        raise InvalidName(f"{what} {shown} cannot be used: {problem}")
     return name
 
 

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from mttl_storage.errors import InvalidName
+
 SCHEMES = ("local", "virtual", "az", "hf")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
@@ -46,7 +48,7 @@ def parse_uri(uri: str | os.PathLike[str] | Address, default_scheme: str = "loca
     scheme, rest = (match[1].lower(), text[match.end() :]) if match else (default_scheme, text)
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise ValueError(f"unknown scheme {scheme!r} in an address; use one of {known}")
+        raise InvalidName(f"unknown scheme {scheme!r} in an address; use one of {known}")
     if scheme == "local":
         return _local(rest)
     return Address(scheme, _remote(scheme, rest))
@@ -54,9 +56,9 @@ def parse_uri(uri: str | os.PathLike[str] | Address, default_scheme: str = "loca
 
 def _local(path: str) -> Address:
     if not path:
-        raise ValueError("a local address needs a folder, as in 'local://my/library'")
+        raise InvalidName("a local address needs a folder, as in 'local://my/library'")
     if "\0" in path:
-        raise ValueError(f"the local address {path!r} contains a NUL character")
+        raise InvalidName(f"the local address {path!r} contains a NUL character")
     # abspath, not resolve: the address a user gave stays recognisable where links are in play.
     return Address("local", os.path.abspath(Path(path).expanduser()))  # noqa: PTH100
 
@@ -64,13 +66,13 @@ def _local(path: str) -> Address:
 def _remote(scheme: str, rest: str) -> str:
     # What follows ? or # could be a signature, so it is never shown.
     if "?" in rest or "#" in rest or "@" in rest.split("/")[0]:
-        raise ValueError(
+        raise InvalidName(
             f"the {scheme}:// address carries more than a name (a query, or a user part); "
             "pass credentials as token= or in the environment"
         )
     parts = [part for part in rest.split("/") if part]
     if not parts:
-        raise ValueError(f"a {scheme}:// address needs a name, as in '{scheme}://my-library'")
+        raise InvalidName(f"a {scheme}:// address needs a name, as in '{scheme}://my-library'")
     if any(part in (".", "..") for part in parts) or any(ord(c) < 32 for c in rest):
-        raise ValueError(f"the {scheme}:// address {rest!r} has a part that cannot be used")
+        raise InvalidName(f"the {scheme}:// address {rest!r} has a part that cannot be used")
     return "/".join(parts)

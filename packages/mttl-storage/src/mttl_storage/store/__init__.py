@@ -2,6 +2,7 @@
 
 import os
 
+from mttl_storage.errors import InvalidName
 from mttl_storage.store.base import Entry, Source, Store
 from mttl_storage.uri import Address, parse_uri
 
@@ -24,7 +25,7 @@ def filesystem(uri: str | os.PathLike[str] | Address, token: object = None) -> S
         from mttl_storage.store.virtual import VirtualStore
 
         return VirtualStore(root=address.path)
-    raise ValueError(
+    raise InvalidName(
         f"{address.scheme}:// addresses cannot be opened by this version of mttl-storage; "
         "use local:// or virtual://"
     )
