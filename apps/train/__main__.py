@@ -10,7 +10,6 @@ from mttl_experts.jobs import JobCommand, known_errors
 
 # Names that the older command line gives to these options.
 ALIASES = {
-    "data_dir": "data_dir",
     "destination_library_id": "destination",
     "eval_metric": "metric",
     "finetune_task_name": "task",
@@ -20,15 +19,11 @@ ALIASES = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "lora_rank": "rank",
-    "max_input_length": "max_input_length",
-    "max_output_length": "max_output_length",
     "modify_layers": "layers",
     "modify_modules": "modules",
     "num_train_epochs": "epochs",
     "output_dir": "output",
     "pipeline_eval_tasks": "benchmarks",
-    "precision": "precision",
-    "predict_batch_size": "predict_batch_size",
     "remove_phi_eval_tasks": "leave_out_evaluation_tasks",
     "subsample_dev": "validation_rows",
     "subsample_test": "test_rows",

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,16 +96,18 @@ def test_an_interrupted_training_ends_as_if_nothing_had_happened(
     assert (resumed.examples, resumed.tokens) == (whole.examples, whole.tokens)
 
 
-def test_the_best_validation_loss_is_kept(model, batches):
+def test_the_weights_of_best_validation_loss_are_kept(model, batches):
     data, held = batches(1) * 40, batches(1, seed=5)
     config = TrainingConfig(learning_rate=5e-2, evaluate_every=1)
-    losses = {}
-    trained = train(model, data, config, validation=held)
-    for step in (trained.step, len(data)):
-        part = train(model, data[:step], config, validation=())
-        losses[step] = part
-    assert trained.step < len(data)  # it overfits its single batch, so the last is not the best
-    assert trained.validation_loss is not None
+    best = train(model, data, config, validation=held)
+    last = train(model, data, replace(config, evaluate_every=None), validation=held)
+    # It overfits its single batch, so the last weights are not the best.
+    assert best.step < last.step == len(data)
+    assert best.validation_loss < last.validation_loss
+    adapted = get_peft_model(copy.deepcopy(model), lora_config(model, rank=4, alpha=8.0))
+    set_peft_model_state_dict(adapted, best.weights)
+    loss = mean_loss(adapted.get_base_model(), held)
+    assert loss == pytest.approx(best.validation_loss, rel=1e-5)
 
 
 def test_nothing_to_train_on_is_an_error(model):
