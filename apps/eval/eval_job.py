@@ -230,7 +230,9 @@ class Evaluation:
         }
         if method:
             recipe["method"] = method
-        return self.library.scores.get_or_make(experts, task, held.metric, recipe, measure)
+        return self.library.scores.get_or_make(
+            experts, task, held.metric, recipe, measure, again=self.options.recompute
+        )
 
     def _harness(self, who: str, context: Any, names: Sequence[str]) -> dict[str, BenchmarkScore]:
         with context as model, bar(f"benchmarks: {who}") as shown:
@@ -252,12 +254,20 @@ class Evaluation:
                 "name it with --dataset"
             )
         if name not in self._datasets:
-            tasks = None if name == "starter" else list(self.library.tasks)
+            tasks = None if name == "starter" else self._tasks_of(name)
             with bar(f"tasks of {name}") as shown:
                 self._datasets[name] = open_dataset(
                     name, tasks, lambda _, done, total: shown.update(done, total)
                 )
         return self._datasets[name]
+
+    def _tasks_of(self, dataset: str) -> list[str]:
+        """Tasks of the experts that were trained on a dataset; all, where one was named for all."""
+        if self.options.dataset:
+            return list(self.library.tasks)
+        infos = [expert.expert_info for expert in self.experts]
+        from_it = [i for i in infos if (i.training_config or {}).get("dataset") == dataset]
+        return sorted({task for info in from_it for task in info.tasks})
 
     def _load(self) -> BaseModel:
         options = self.options

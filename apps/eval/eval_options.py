@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mttl_data import benchmark_name
+from mttl_data import METRICS, UnknownTaskError, benchmark_name
 from mttl_routing import MERGES, ROUTERS
 
 # Older names for both ways, and what they are here; (merge, route).
@@ -101,9 +101,21 @@ def check(**options: Any) -> EvalOptions:
         from mttl_data import BENCHMARKS
 
         names = list(BENCHMARKS)
-    options["benchmarks"] = tuple(
-        name if name == IN_DISTRIBUTION else benchmark_name(name) for name in names
-    )
+    try:
+        options["benchmarks"] = tuple(
+            name if name == IN_DISTRIBUTION else benchmark_name(name) for name in names
+        )
+    except UnknownTaskError as error:
+        raise click.UsageError(str(error)) from None
+    if options["metric"] is not None and options["metric"] not in METRICS:
+        raise click.UsageError(
+            f"--metric {options['metric']!r} is not known; there are {', '.join(METRICS)}"
+        )
+    if options["route"] in ("oracle", "task") and set(options["benchmarks"]) - {IN_DISTRIBUTION}:
+        raise click.UsageError(
+            f"--route {options['route']} goes by the experts' own tasks, and a benchmark is none "
+            "of them; choose another router"
+        )
     options["output"] = Path(options["output"])
     return EvalOptions(**options)
 

@@ -84,9 +84,14 @@ at_least_1 = click.IntRange(min=1)
     "--checkpoint-seconds", default=10.0, help="Time between two checkpoints of a training."
 )
 @click.option("--seed", default=0, help="Of initial weights, dropout and the order of rows.")
-@click.option("--train-rows", type=at_least_1, help="Most rows to train on. [default: all]")
 @click.option(
-    "--validation-rows", default=32, type=click.IntRange(min=0), help="Most; 0: keep last weights."
+    "--train-rows", type=at_least_1, help="Most rows of a task to train on. [default: all]"
+)
+@click.option(
+    "--validation-rows",
+    default=32,
+    type=click.IntRange(min=0),
+    help="Most rows a task; 0: none.",
 )
 @click.option("--test-rows", type=at_least_1, help="Most rows to score on. [default: all]")
 @click.option("--metric", help="How answers are scored. [default: the task's own]")

@@ -85,7 +85,8 @@ def run(options: TrainOptions) -> None:
     for plan in wanted:
         if plan in waiting:
             expert = _train(plan, options, base)
-            add = library.replace_expert if plan.name in library else library.add_expert
+            there = options.replace and plan.name in library
+            add = library.replace_expert if there else library.add_expert
             add(expert)
             plan.checkpoint(options.output).unlink(missing_ok=True)
         rows.append(_measure(plan, options, data, library, base))

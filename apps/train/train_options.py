@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def check(**options: Any) -> TrainOptions:
     if options["alpha"] is None:
         options["alpha"] = 2.0 * options["rank"]
     job = TrainOptions(**options)
+    for option, pattern in (("--layers", job.layers), ("--modules", job.modules)):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise click.UsageError(
+                f"{option} {pattern!r} is no regular expression: {error}"
+            ) from None
+    check_metric(job.metric)
+    if len(set(job.task)) < len(job.task):
+        raise click.UsageError(f"a --task is named twice: {', '.join(job.task)}")
     if job.task and job.all_tasks:
         raise click.UsageError("--all trains every task, so --task does not go with it; give one")
     if job.expert_name and len(job.task) != 1:
@@ -87,6 +98,14 @@ def check(**options: Any) -> TrainOptions:
     if job.steps and job.epochs:
         raise click.UsageError("--steps and --epochs both say how long to train; give one")
     return job
+
+
+def check_metric(name: str | None) -> None:
+    """Refuse a metric that nobody knows, before anything slow begins."""
+    from mttl_data import METRICS
+
+    if name is not None and name not in METRICS:
+        raise click.UsageError(f"--metric {name!r} is not known; there are {', '.join(METRICS)}")
 
 
 def _split(text: str | None) -> tuple[str, ...]:

@@ -88,16 +88,18 @@ def _tasks(options: TrainOptions, data: DatasetLibrary) -> list[tuple[str, ...]]
         if left_out:
             console().print(f"left out, since benchmarks test on them: {', '.join(left_out)}")
         names = [name for name in names if name not in EVALUATION_OVERLAP]
+    if not names:
+        raise EmptyTaskError(f"{data.uri} has no task left to train on; name one with --task")
     return [(name,) for name in names]
 
 
 def _plan(
     options: TrainOptions, data: DatasetLibrary, base: BaseModel, tasks: tuple[str, ...]
 ) -> Plan:
-    train = _rows(options, data, tasks, "train")[: options.train_rows]
+    train = _rows(options, data, tasks, "train", options.train_rows)
     validation: list[Row] = []
     if options.validation_rows:
-        validation = _rows(options, data, tasks, "validation")[: options.validation_rows]
+        validation = _rows(options, data, tasks, "validation", options.validation_rows)
     try:
         adapter = lora_config(
             base.model,
@@ -152,13 +154,22 @@ def _plan(
 
 
 def _rows(
-    options: TrainOptions, data: DatasetLibrary, tasks: Sequence[str], split: str
+    options: TrainOptions,
+    data: DatasetLibrary,
+    tasks: Sequence[str],
+    split: str,
+    most: int | None,
 ) -> list[Row]:
-    rows = [row for task in tasks for row in data.rows(task, split)]
-    if options.task_source:
-        rows = [row for row in rows if row.task_source in options.task_source]
-    if options.template_type:
-        rows = [row for row in rows if row.template_type in options.template_type]
+    """At most ``most`` rows of each task, so that no task crowds out another."""
+    rows = []
+    for task in tasks:
+        wanted = [
+            row
+            for row in data.rows(task, split)
+            if (not options.task_source or row.task_source in options.task_source)
+            and (not options.template_type or row.template_type in options.template_type)
+        ]
+        rows += wanted[:most]
     if not rows:
         raise EmptyTaskError(
             f"no {split} rows of {', '.join(tasks)} are from {options.task_source or 'any source'} "

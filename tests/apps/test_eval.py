@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def test_scores_are_measured_once(library, evaluate):
     assert Repository.open(library.uri).generation == generation
 
 
+def test_scores_are_measured_again_if_asked(library, evaluate):
+    evaluate("--merge", "uniform")
+    score = next(s for s in ExpertLibrary(library.uri).scores.table() if s.recipe.get("method"))
+    wrong = replace(score, value=0.123)
+    ExpertLibrary(library.uri).scores.put(list(score.experts), wrong)
+    evaluate("--merge", "uniform", "--recompute")
+    assert all(row["model"] != 0.123 for row in results()["tasks"])
+
+
 def test_the_older_form_of_the_command_works(library, evaluate, monkeypatch):
     outcome = evaluate(
         *("-k", "output_dir=an_expert_eval/", f"library_id={library.uri}"),
@@ -113,6 +123,9 @@ def test_an_expert_for_another_base_is_refused(library, evaluate, tmp_path, base
         (("--route", "arow"), ("'arow'", "arrow", "oracle")),
         (("--merge", "ties", "--route", "arrow"), ("give one",)),
         (("--library", "local://nope"), ("nope",)),
+        (("--benchmarks", "hellaswag"), ("'hellaswag'", "arc-easy")),
+        (("--metric", "rougeL"), ("'rougeL'", "rouge_l")),
+        (("--route", "oracle", "--benchmarks", "piqa"), ("oracle", "another router")),
         (("-k", "merge_or_route=magic"), ("'magic'", "uniform_lora_after_op")),
     ],
 )

@@ -87,6 +87,13 @@ def test_keys_of_the_older_command_line_set_the_same_options(app, base_folder, t
     assert results("an_expert")["experts"][0]["expert_name"] == "predictor"
 
 
+def test_limits_on_rows_hold_for_each_task_of_an_expert(train):
+    both = ("--task", "copy_last,copy_first", "--expert-name", "both")
+    assert train(*both, "--train-rows", "10", "--validation-rows", "3").exit_code == 0
+    training = ExpertLibrary("local://mttldata/library").infos()["both"].training_config
+    assert training["rows"] == {"train": 20, "validation": 6}
+
+
 def test_epochs_count_steps(train):
     assert train("--task", "copy_last", "--epochs", "2", "--batch-size", "10").exit_code == 0
     training = ExpertLibrary("local://mttldata/library").infos()["copy_last"].training_config
@@ -115,6 +122,11 @@ def test_a_copy_of_the_library_takes_the_expert_if_asked(train):
         (("--task", "copy_last", "--task-source", "CoT"), ("no train rows", "CoT")),
         (("-k", "lora_rnk=3"), ("unknown key 'lora_rnk'", "'lora_rank'")),
         (("-k", "lora_rank"), ("KEY=VALUE",)),
+        (("-klora_rnk=3",), ("unknown key 'lora_rnk'",)),
+        (("-cnope",), ("no config file 'nope'",)),
+        (("--task", "copy_last", "--metric", "rougeL"), ("'rougeL'", "rouge_l")),
+        (("--task", "copy_last", "--layers", "*_proj"), ("--layers", "regular expression")),
+        (("--task", "copy_last", "--task", "copy_last"), ("twice",)),
         (("-c", "nope"), ("no config file 'nope'", "configs")),
         (("--task", "copy_last", "--benchmarks", "arc-hard"), ("arc-hard", "arc-easy")),
     ],

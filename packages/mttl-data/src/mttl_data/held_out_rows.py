@@ -67,7 +67,7 @@ def held_out(
     Args:
         library: Where the task is.
         task: Its name.
-        n_shots: Solved examples, the first of the training rows.
+        n_shots: Solved examples, the first training rows that are not asked.
         limit: Most rows; all if left out.
         metric: The task's own if left out.
         split: Which rows to ask.
@@ -75,12 +75,14 @@ def held_out(
     Raises:
         EmptyTaskError: The task has no rows there.
     """
-    shots = library.rows(task, "train")[:n_shots] if n_shots else []
+    rows = library.rows(task, split)[:limit]
+    asked = {row.source for row in rows}
+    train = library.rows(task, "train") if n_shots else []
     return HeldOut(
         task=task,
         metric=metric or library.info(task).metric,
-        rows=tuple(library.rows(task, split)[:limit]),
-        shots=tuple(shots),
+        rows=tuple(rows),
+        shots=tuple([row for row in train if row.source not in asked][:n_shots]),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from mttl_experts.artifacts import Artifacts, Experts, digests_of
 from mttl_experts.plain import plain
-from mttl_storage import ReadOnly
+from mttl_storage import Conflict, Denied, ReadOnly, StorageFull
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,22 @@ class Scores:
         metric: str,
         recipe: Mapping[str, Any],
         make: Callable[[], Measured],
+        again: bool = False,
     ) -> Score:
         """The score kept under this key; if there is none, what ``make`` measures, kept from then.
 
-        In a library that is only read it is measured all the same, and not kept.
+        Where it cannot be kept (the library is only read, the disk is full, another writer was
+        first) it is given back all the same.
+
+        Args:
+            experts: in the model, or their digests; none for the base alone.
+            task: what it is measured on.
+            metric: how rows are scored.
+            recipe: what else decides it.
+            make: measures it.
+            again: measure it even if it is kept.
         """
-        kept = self.get(experts, task, metric, recipe)
+        kept = None if again else self.get(experts, task, metric, recipe)
         if kept is not None:
             return kept
         measured = make()
@@ -107,7 +117,9 @@ class Scores:
         score = Score(
             task, metric, measured.mean, measured.n, plain(recipe), digests, measured.ci95
         )
-        with suppress(ReadOnly):  # the number is what was asked for; keeping it is a courtesy
+        with suppress(
+            Conflict, Denied, ReadOnly, StorageFull
+        ):  # the number is what was asked for; keeping it is a courtesy
             self.put(experts, score)
         return score
 

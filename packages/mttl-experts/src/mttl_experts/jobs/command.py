@@ -159,7 +159,8 @@ def known_errors(*kinds: type[BaseException]) -> Iterator[None]:
 def _one_pair_each(args: Sequence[str]) -> Iterator[str]:
     """``-k a=1 b=2`` as ``-k a=1 -k b=2``, which is what click understands."""
     in_pairs = False
-    for arg in args:
+    split = [part for arg in args for part in _flag_and_value(arg)]
+    for arg in split:
         if arg == "-k":
             in_pairs = True
             continue
@@ -168,6 +169,11 @@ def _one_pair_each(args: Sequence[str]) -> Iterator[str]:
         if in_pairs:
             yield "-k"
         yield arg
+
+
+def _flag_and_value(arg: str) -> list[str]:
+    """``-kx=1`` and ``-cfile`` as click would take them: a flag and its value."""
+    return [arg[:2], arg[2:]] if arg[:2] in ("-k", "-c") and len(arg) > 2 else [arg]
 
 
 def _values(args: Sequence[str]) -> Iterator[tuple[str, str]]:
