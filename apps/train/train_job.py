@@ -74,6 +74,8 @@ def run(options: TrainOptions) -> None:
     start = time.monotonic()
     benchmarks = _benchmark_names(options)
     library = _open_library(options)
+    # First of all, so that a folder that cannot be written is found before any training.
+    write_json(options.output / "options.json", asdict(options) | {"output": str(options.output)})
     data = _open_data(options)
     base = _load(options)
     wanted = plans(options, data, base)
@@ -102,7 +104,6 @@ def run(options: TrainOptions) -> None:
         results["benchmarks"] = _benchmarks(benchmarks, options, wanted, library, base)
     results |= {"generation": library.generation, "seconds": round(time.monotonic() - start, 1)}
     write_json(options.output / "results.json", results)
-    write_json(options.output / "options.json", asdict(options) | {"output": str(options.output)})
     console().print(f"{results['seconds']:.0f} s; results in {options.output / 'results.json'}")
 
 

@@ -85,6 +85,7 @@ def check(**options: Any) -> TrainOptions:
                 f"{option} {pattern!r} is no regular expression: {error}"
             ) from None
     check_metric(job.metric)
+    check_scheduler(job.scheduler)
     if len(set(job.task)) < len(job.task):
         raise click.UsageError(f"a --task is named twice: {', '.join(job.task)}")
     if job.task and job.all_tasks:
@@ -106,6 +107,15 @@ def check_metric(name: str | None) -> None:
 
     if name is not None and name not in METRICS:
         raise click.UsageError(f"--metric {name!r} is not known; there are {', '.join(METRICS)}")
+
+
+def check_scheduler(name: str) -> None:
+    """Refuse a schedule that transformers does not have."""
+    from transformers.trainer_utils import SchedulerType
+
+    names = [each.value for each in SchedulerType]
+    if name not in names:
+        raise click.UsageError(f"--scheduler {name!r} is not known; there are {', '.join(names)}")
 
 
 def _split(text: str | None) -> tuple[str, ...]:

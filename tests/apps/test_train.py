@@ -125,6 +125,7 @@ def test_a_copy_of_the_library_takes_the_expert_if_asked(train):
         (("-klora_rnk=3",), ("unknown key 'lora_rnk'",)),
         (("-cnope",), ("no config file 'nope'",)),
         (("--task", "copy_last", "--metric", "rougeL"), ("'rougeL'", "rouge_l")),
+        (("--task", "copy_last", "--scheduler", "foo"), ("'foo'", "linear")),
         (("--task", "copy_last", "--layers", "*_proj"), ("--layers", "regular expression")),
         (("--task", "copy_last", "--task", "copy_last"), ("twice",)),
         (("-c", "nope"), ("no config file 'nope'", "configs")),
@@ -171,6 +172,8 @@ def test_an_output_that_cannot_be_written_is_one_clear_line(train):
     assert outcome.exit_code == 1
     assert "Traceback" not in outcome.output
     assert "file" in last_line(outcome)
+    assert "training" not in outcome.output  # found before it
+    assert ExpertLibrary("local://mttldata/library").keys() == []
 
 
 def test_too_long_rows_are_cut_and_counted(train):
