@@ -8,14 +8,16 @@ import fsspec
 import pytest
 from fsspec.tests import abstract
 
-from mttl_storage import Conflict, Denied, NotFound, filesystem
+from mttl_storage import Conflict, Denied, NotFound, StorageError, filesystem
 from mttl_storage.store import Store
 from mttl_storage.store.virtual import VirtualStore
 
 
 @pytest.fixture
 def store(address):
-    return filesystem(address)
+    store = filesystem(address)
+    store.prepare()
+    return store
 
 
 def test_put_if_absent_creates_once(store):
@@ -55,8 +57,11 @@ def test_compare_and_swap_needs_the_version_it_read(store):
 
 def test_a_renewed_file_is_not_deleted_by_who_saw_it_before(store):
     store.pipe_file("a", b"1")
-    [seen] = store.scan()
-    assert store.renew("a").version != seen.version
+    [seen] = [entry for entry in store.scan() if entry.key == "a"]
+    if store.scheme == "hf":  # where any commit after it was seen spares a file
+        store.pipe_file("b", b"1")
+    else:
+        assert store.renew("a").version != seen.version
     assert not store.delete_if_unchanged("a", seen.version)
     assert store.delete_if_unchanged("a", store.version("a"))
     assert not store.delete_if_unchanged("a", seen.version)
@@ -111,7 +116,7 @@ def test_a_file_appears_whole_at_close_and_not_if_the_block_raises(store, mode):
         file.flush()
         assert not store.exists("a/f")
     assert store.cat_file("a/f") == b"new"
-    assert [entry.key for entry in store.scan()] == ["a/f"]
+    assert [entry.key for entry in store.scan("a")] == ["a/f"]
 
 
 def test_append_and_text(store):
@@ -157,8 +162,9 @@ def test_folders_and_files_do_not_mix(store):
         store.open("a", "wb")
     with pytest.raises(IsADirectoryError):
         store.rm("a")
-    with pytest.raises((NotADirectoryError, FileExistsError)):
-        store.pipe_file("a/b/c", b"1")
+    if store.scheme != "az":  # whose keys are not folders, so both can be
+        with pytest.raises((NotADirectoryError, FileExistsError, StorageError)):
+            store.pipe_file("a/b/c", b"1")
     store.rm("a", recursive=True)
     assert not store.exists("a")
 
@@ -202,6 +208,10 @@ class Contract(abstract.AbstractFixtures):
     @pytest.fixture
     def fs_path(self):
         return "base"
+
+    @pytest.fixture
+    def supports_empty_directories(self, store):
+        return not store.distant
 
 
 class TestCopyContract(Contract, abstract.AbstractCopyTests):

@@ -7,8 +7,9 @@ from typing import Any
 from mttl_storage import intents
 from mttl_storage.intents import Intent
 from mttl_storage.store.base import Store
+from mttl_storage.store.transfer import Upload
 
-Files = Mapping[str, bytes | PathLike[str]]
+Files = Mapping[str, bytes | PathLike[str] | Upload]
 
 
 class Batch:

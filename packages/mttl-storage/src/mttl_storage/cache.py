@@ -1,16 +1,23 @@
 """Item files on the local disk, for backends whose files are elsewhere."""
 
 import atexit
+import contextlib
 import functools
+import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from platformdirs import user_cache_path
 
 from mttl_storage.errors import translated
 from mttl_storage.items import FileEntry, Item
 from mttl_storage.store.base import Store
-from mttl_storage.store.disk import make_folders, temporary_beside
+from mttl_storage.store.disk import lock, make_folders
+from mttl_storage.store.transfer import CHUNK
 
 
 @functools.cache
@@ -25,16 +32,75 @@ def _process_folder(process: int) -> Path:
     return folder
 
 
-def cached_folder(item: Item) -> Path:
-    """Where the files of an item are kept: a temporary folder that ends with this process."""
+def cached_folder(store: Store, item: Item) -> Path:
+    """Where the files of an item are kept, by its digest.
+
+    That is the user's cache folder (``mttl/items`` in it), which is shared by processes and can be
+    deleted at any time; for a store in memory, a temporary folder that ends with this process.
+    """
+    if store.distant:
+        return user_cache_path("mttl") / "items" / item.digest[:2] / item.digest
     return _process_folder(os.getpid()) / item.digest
 
 
 def fetch(store: Store, key: str, entry: FileEntry, target: Path) -> None:
-    """Write a verified file to ``target``, unless one of that size is there."""
-    if target.is_file() and target.stat().st_size == entry.size:
-        return
-    store.check(key, *entry)
+    """Write a verified file to ``target``.
+
+    A download that was cut short, by whom ever, goes on where it stopped; of several at once, one
+    downloads and the others wait for it.
+    """
+    partial = target.with_name(f".{entry.sha256}.part")
     with translated("write", str(target)):
         make_folders(str(target.parent))
-        Path(temporary_beside(str(target), store.read_chunks(key))).replace(target)
+        with _locked(partial) as file:
+            if _is_right(target, entry):  # from before, or someone else was first
+                return
+            start = file.seek(0, os.SEEK_END)
+            if not _complete(store, key, entry, file):
+                # What was there before may be at fault, so once more from the start.
+                file.truncate(0)
+                if start == 0 or not _complete(store, key, entry, file):
+                    partial.unlink()
+                    store.check(key, *entry)
+            os.fsync(file.fileno())
+            partial.replace(target)
+
+
+def _complete(store: Store, key: str, entry: FileEntry, file: BinaryIO) -> bool:
+    """Append what is missing; whether the whole is right."""
+    file.seek(0)
+    hashed = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        hashed.update(chunk)
+    if file.tell() < entry.size:
+        for chunk in store.read_chunks(key, file.tell()):
+            hashed.update(chunk)
+            file.write(chunk)
+        file.flush()
+    return hashed.hexdigest() == entry.sha256
+
+
+def _is_right(target: Path, entry: FileEntry) -> bool:
+    """Whether a file is there with the right bytes; a damaged one is replaced."""
+    if not target.is_file() or target.stat().st_size != entry.size:
+        return False
+    with target.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[BinaryIO]:
+    """The partial file, open and locked; what was renamed while we waited is opened again."""
+    while True:
+        with partial.open("a+b") as file:
+            lock(file.fileno())
+            if _is_still(partial, file):
+                yield file
+                return
+
+
+def _is_still(partial: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), partial.stat())
+    except FileNotFoundError:
+        return False

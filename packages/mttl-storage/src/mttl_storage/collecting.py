@@ -12,11 +12,13 @@ from mttl_storage.items import Item, decode_line
 from mttl_storage.log import Log
 from mttl_storage.names import PRIVATE
 from mttl_storage.state import State
-from mttl_storage.store.base import Store
+from mttl_storage.store.base import Entry, Store
 
 GRACE = 7 * 86400.0
 """Seconds for which files are kept that nothing needs any more."""
 
+_ROUNDS = 5
+"""How often to look again, when others changed files between looking and deleting."""
 _CONTENT_FOLDER = re.compile(r"(.+?)/([0-9a-f]{64})(?=/)")
 
 
@@ -28,11 +30,13 @@ class Collected:
         items: removed items that can no longer be restored.
         files: deleted.
         bytes: that they took.
+        note: what could not be deleted here, for people; empty if there is nothing.
     """
 
     items: int
     files: int
     bytes: int
+    note: str = ""
 
 
 def collect(log: Log, grace: float) -> tuple[State, Collected]:
@@ -49,17 +53,23 @@ def collect(log: Log, grace: float) -> tuple[State, Collected]:
     old = [item for item in map(decode_line, state.gone.values()) if _seconds(item.time) <= cutoff]
     if old:
         state = commit(log, state, [intents.forget(item) for item in old], "gc")
-    listed = [entry for entry in log.store.scan() if not entry.key.startswith(f"{PRIVATE}/")]
-    state = log.newest(state)
-    needed = _needed(log, state, cutoff)
-    files = size = 0
-    for entry in listed:
-        if entry.time > cutoff or not _is_content(entry.key) or _held(entry.key, needed):
-            continue
-        if log.store.delete_if_unchanged(entry.key, entry.version):
-            files, size = files + 1, size + entry.size
+    deleted: list[Entry] = []
+    for _ in range(_ROUNDS):
+        listed = list(log.store.scan(log.store.items_folder))
+        state = log.newest(state)
+        needed = _needed(log, state, cutoff)
+        useless = [
+            entry
+            for entry in listed
+            if entry.time <= cutoff and _is_content(log.store, entry) and not _held(entry, needed)
+        ]
+        gone = log.store.delete_unchanged(useless)
+        deleted += gone
+        if len(gone) == len(useless):
+            break
     log.store.tidy(cutoff)
-    return state, Collected(len(old), files, size)
+    size = sum(entry.size for entry in deleted)
+    return state, Collected(len(old), len(deleted), size, log.store.kept_by_history)
 
 
 def _needed(log: Log, state: State, cutoff: float) -> set[str]:
@@ -79,13 +89,14 @@ def _folders(store: Store, items: Iterable[Item]) -> set[str]:
     return {store.item_folder(item.home, item.digest) for item in items}
 
 
-def _is_content(key: str) -> bool:
+def _is_content(store: Store, entry: Entry) -> bool:
     """Whether a file lies where a repository puts item files; others are not ours to delete."""
-    return _CONTENT_FOLDER.match(key) is not None
+    key = entry.key.removeprefix(f"{store.items_folder}/" if store.items_folder else "")
+    return not key.startswith(f"{PRIVATE}/") and _CONTENT_FOLDER.match(key) is not None
 
 
-def _held(key: str, needed: set[str]) -> bool:
-    folder = key
+def _held(entry: Entry, needed: set[str]) -> bool:
+    folder = entry.key
     while "/" in folder:
         folder = folder.rpartition("/")[0]
         if folder in needed:

@@ -4,13 +4,15 @@ import datetime
 import random
 import time
 import uuid
+from typing import Any
 
 from mttl_storage.errors import Throttled
 from mttl_storage.intents import Intent, plan
-from mttl_storage.log import SNAPSHOT_EVERY, Log, LogEntry, entry_key
+from mttl_storage.log import SNAPSHOT_EVERY, Log, LogEntry, entry_key, snapshot_files
+from mttl_storage.materializing import shown_files
 from mttl_storage.sealed import digest_of, seal
 from mttl_storage.state import State
-from mttl_storage.store.base import Upload
+from mttl_storage.store.transfer import Upload
 
 PATIENCE = 120.0
 """Seconds to go on trying while other writers are faster."""
@@ -32,7 +34,8 @@ def commit(log: Log, base: State, intents: list[Intent], message: str = "") -> S
     files: dict[str, Upload] = {}
     for intent in intents:
         files.update(intent.files)
-    staged: float | None = None
+    staged: Any = None
+    staged_at: float | None = None
     state, began, attempt = base, time.monotonic(), 0
     while True:
         draft = state.successor("", _now())
@@ -43,14 +46,14 @@ def commit(log: Log, base: State, intents: list[Intent], message: str = "") -> S
                 return state
             state = newest
             continue
-        if files and (staged is None or time.monotonic() - staged > STALE):
-            log.store.stage(files)
-            staged = time.monotonic()
+        if files and (staged_at is None or time.monotonic() - staged_at > STALE):
+            staged = log.store.stage(files)
+            staged_at = time.monotonic()
         entry = LogEntry(draft.generation, state.chain, draft.time, message, transaction, changes)
-        if _published(log, entry):
-            draft.chain = digest_of(entry.to_bytes())
-            if draft.generation % SNAPSHOT_EVERY == 0:
-                log.write_snapshot(draft)
+        draft.chain = digest_of(entry.to_bytes())
+        beside = snapshot_files(draft) if draft.generation % SNAPSHOT_EVERY == 0 else {}
+        shown = shown_files(log.store, state, draft, changes)
+        if _published(log, entry, staged, beside, shown, message):
             return draft
         if time.monotonic() - began > PATIENCE:
             raise Throttled(
@@ -62,9 +65,9 @@ def commit(log: Log, base: State, intents: list[Intent], message: str = "") -> S
         attempt += 1
 
 
-def _published(log: Log, entry: LogEntry) -> bool:
+def _published(log: Log, entry: LogEntry, *with_it: Any) -> bool:
     """Whether the entry is in the log, now or since an earlier try whose answer was lost."""
-    if log.store.publish(entry_key(entry.generation), seal(entry.to_bytes())):
+    if log.store.publish(entry_key(entry.generation), seal(entry.to_bytes()), *with_it):
         return True
     found = log.entry(entry.generation)
     return found is not None and found[0].transaction == entry.transaction

@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
 
 from mttl_storage.items import Item
+from mttl_storage.reading import key_of
 from mttl_storage.repository import Repository
+from mttl_storage.store.transfer import Stored, Upload
 
 Progress = Callable[[int, int, str], None]
 
@@ -56,12 +56,12 @@ def _is_there(target: Repository, item: Item) -> bool:
     return there.digest == item.digest and there.info == item.info
 
 
-def _files(source: Repository, item: Item) -> dict[str, Any]:
-    """The files as paths where they are on disk, so that memory does not depend on their size."""
-    if source.store.on_disk:
-        folder: Path = source.path(item.name)
-        return {file: folder / file for file in item.files}
-    return {file: source.read(item.name, file) for file in item.files}
+def _files(source: Repository, item: Item) -> dict[str, Upload]:
+    """The files as streams, checked on the way, so that memory does not depend on their size."""
+    return {
+        file: Upload(Stored(source.store, key_of(source.store, item, file)), *entry)
+        for file, entry in item.files.items()
+    }
 
 
 def _groups(items: list[Item]) -> Iterable[list[Item]]:

@@ -13,7 +13,8 @@ from mttl_storage.items import Item, checked_info, new_record, to_record, upload
 from mttl_storage.names import check_name
 from mttl_storage.sealed import to_json
 from mttl_storage.state import State
-from mttl_storage.store.base import Store, Upload
+from mttl_storage.store.base import Store
+from mttl_storage.store.transfer import Upload
 
 Changes = list[dict[str, Any]]
 Files = Mapping[str, Any]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from mttl_storage.errors import Corrupt, translated
 from mttl_storage.names import ancestors, check_name, fold
 from mttl_storage.sealed import to_json
-from mttl_storage.store.base import CHUNK, Upload, in_parallel
+from mttl_storage.store.transfer import CHUNK, Upload, in_parallel
 
 INFO_LIMIT = 1 << 18
 """Most bytes of JSON in the info of one item; listing reads all of it."""
@@ -155,7 +155,7 @@ def _check_keys(value: Any) -> None:
             _check_keys(each)
 
 
-def uploads_of(files: Mapping[str, bytes | os.PathLike[str]]) -> dict[str, Upload]:
+def uploads_of(files: Mapping[str, bytes | os.PathLike[str] | Upload]) -> dict[str, Upload]:
     """The files of an item, hashed, after their names were checked."""
     if not isinstance(files, Mapping):
         raise TypeError(f"files must be a mapping of names, not {type(files).__name__}")
@@ -183,6 +183,8 @@ def _check_files(files: Iterable[str]) -> None:
 
 
 def _upload_of(source: Any) -> Upload:
+    if isinstance(source, Upload):
+        return source
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
         return Upload(data, len(data), hashlib.sha256(data).hexdigest())

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mttl_storage.errors import Corrupt, NotFound, StorageError
+from mttl_storage.errors import Corrupt, NotFound
 from mttl_storage.names import PRIVATE
 from mttl_storage.sealed import FORMAT, digest_of, parse, seal, to_json, unseal
 from mttl_storage.state import State
@@ -102,6 +102,7 @@ class Log:
     def create(self) -> None:
         """Make the store a repository, if it is none yet."""
         body = to_json({"format": FORMAT, "id": secrets.token_hex(16)}) + b"\n"
+        self.store.prepare()
         self.store.put_if_absent(IDENTITY, seal(body))
 
     def origin(self) -> State:
@@ -109,8 +110,8 @@ class Log:
         body = self._body(IDENTITY)
         if body is None:
             raise NotFound(
-                f"there is no repository at {self.store.address!r}; "
-                "check the address, or pass create=True to make one"
+                f"there is no repository at {self.store.address!r}; check the address, or pass "
+                f"create=True to make one{self.store.missing_hint}"
             )
         parse(body, self.store.address_of(IDENTITY))
         return State(0, digest_of(body))
@@ -144,7 +145,7 @@ class Log:
 
     def entries_after(self, generation: int) -> Iterator[tuple[LogEntry, str]]:
         """The entries that follow a generation, each with its digest, to the newest."""
-        window = 1
+        window = 8 if self.store.distant else 1
         while True:
             numbers = range(generation + 1, generation + 1 + window)
             count = 0
@@ -165,14 +166,6 @@ class Log:
             state = state.successor(digest, entry.time)
             apply_all(state, entry.changes, where)
         return state
-
-    def write_snapshot(self, state: State) -> None:
-        """Store a snapshot and name it in the head. Only speed depends on either."""
-        key = snapshot_key(state.generation)
-        head = to_json({"format": FORMAT, "snapshot": state.generation}) + b"\n"
-        with contextlib.suppress(StorageError):
-            self.store.put_if_absent(key, seal(state.to_bytes()))
-            self.store.pipe_file(HEAD, seal(head))
 
     def snapshots(self) -> list[int]:
         """The generations that have a snapshot, newest first."""
@@ -242,6 +235,12 @@ def apply_all(state: State, changes: Iterable[Mapping[str, Any]], where: str) ->
             state.apply(change)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Corrupt(f"{where!r} holds a change that cannot be applied: {error!r}") from None
+
+
+def snapshot_files(state: State) -> dict[str, bytes]:
+    """The snapshot of a state, and the head that names it. Only speed depends on either."""
+    head = to_json({"format": FORMAT, "snapshot": state.generation}) + b"\n"
+    return {snapshot_key(state.generation): seal(state.to_bytes()), HEAD: seal(head)}
 
 
 def entry_key(generation: int) -> str:

@@ -1,22 +1,51 @@
 """Items as plain folders, the way a hub shows them."""
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from mttl_storage.cache import fetch
 from mttl_storage.errors import translated
 from mttl_storage.items import FileEntry, Item
 from mttl_storage.names import check_name
 from mttl_storage.reading import key_of
-from mttl_storage.store.base import Store, in_parallel
-from mttl_storage.store.disk import make_folders, temporary_beside
+from mttl_storage.state import State
+from mttl_storage.store.base import Store
+from mttl_storage.store.disk import make_folders
+from mttl_storage.store.transfer import in_parallel
 
 _PLAIN = "experts/"
 
 
-def plain_name(name: str) -> str:
-    """What an item is called in a plain folder: experts by their own name, others in full."""
-    return name.removeprefix(_PLAIN)
+def shown_files(
+    store: Store, before: State, after: State, changes: Iterable[Mapping[str, Any]]
+) -> dict[str, str | None]:
+    """What a commit changes in the folders that a hub shows: by path, the key of its file.
+
+    Args:
+        store: of the repository; nothing is shown where it has no ``shown_folder``.
+        before: the state that the commit follows.
+        after: the state it makes.
+        changes: of the commit.
+    """
+    if not store.shown_folder:
+        return {}
+    names = {change[key] for change in changes for key in ("name", "source") if key in change}
+    old, new = (dict(_shown(store, state, names)) for state in (before, after))
+    return {
+        path: new.get(path)
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path)
+    }
+
+
+def _shown(store: Store, state: State, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        if name in state.live and name.startswith(store.shown_folder):
+            item = state.item(name)
+            for file in item.files:
+                path = f"{name.removeprefix(store.shown_folder)}/{file}"
+                yield path, key_of(store, item, file)
 
 
 def materialize(store: Store, items: Iterable[Item], dest: Path) -> Path:
@@ -26,7 +55,9 @@ def materialize(store: Store, items: Iterable[Item], dest: Path) -> Path:
     for item in items:
         for file, entry in item.files.items():
             # A log from elsewhere could name anything, so names are checked before they are paths.
-            target = dest / check_name(plain_name(item.name)) / check_name(file, "file name")
+            target = (
+                dest / check_name(item.name.removeprefix(_PLAIN)) / check_name(file, "file name")
+            )
             if target in wanted:
                 raise ValueError(f"two items would share the file {str(target)!r}; choose names")
             wanted[target] = (key_of(store, item, file), entry)
@@ -34,20 +65,7 @@ def materialize(store: Store, items: Iterable[Item], dest: Path) -> Path:
         make_folders(str(dest))
 
     def write(target: Path) -> None:
-        key, entry = wanted[target]
-        with translated("write", str(target)):
-            if _is_right(target, entry):
-                return
-            store.check(key, *entry)
-            make_folders(str(target.parent))
-            Path(temporary_beside(str(target), store.read_chunks(key))).replace(target)
+        fetch(store, *wanted[target], target)
 
     in_parallel(write, wanted)
     return dest
-
-
-def _is_right(target: Path, entry: FileEntry) -> bool:
-    if not target.is_file() or target.stat().st_size != entry.size:
-        return False
-    with target.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256

@@ -7,8 +7,9 @@ from typing import BinaryIO
 
 from mttl_storage.cache import cached_folder, fetch
 from mttl_storage.errors import NotFound
-from mttl_storage.items import Item
-from mttl_storage.store.base import Store, in_parallel
+from mttl_storage.items import FileEntry, Item
+from mttl_storage.store.base import Store
+from mttl_storage.store.transfer import in_parallel
 
 _proven: dict[str, tuple[str, int, int, int]] = {}
 _lock = threading.Lock()
@@ -33,38 +34,44 @@ def open_file(store: Store, item: Item, file: str) -> BinaryIO:
 
 
 def local_file(store: Store, item: Item, file: str) -> Path:
-    """A verified file on the local disk, to map or to hand to other programs."""
-    key = key_of(store, item, file)
-    if store.on_disk:
-        path = store.local_path(key)
-        _prove(store, key, path, item, file)
-        return path
-    target = cached_folder(item) / file
-    fetch(store, key, item.files[file], target)
-    return target
+    """A verified file on the local disk, to map or to hand to other programs.
+
+    A file is read in full once for each digest, inode and time of writing.
+    """
+    key, entry = key_of(store, item, file), item.files[file]
+    path = store.local_path(key) if store.on_disk else cached_folder(store, item) / file
+    if not _is_proven(path, entry):
+        if store.on_disk:
+            store.check(key, *entry)
+        else:
+            fetch(store, key, entry, path)
+        _remember(path, entry)
+    return path
 
 
 def local_folder(store: Store, item: Item) -> Path:
     """The folder with all files of an item, verified, on the local disk."""
     in_parallel(lambda file: local_file(store, item, file), item.files)
     if not item.files:  # nothing is stored, and a reader must not make folders in a repository
-        cached_folder(item).mkdir(parents=True, exist_ok=True)
+        cached_folder(store, item).mkdir(parents=True, exist_ok=True)
     elif store.on_disk:
         return store.local_path(store.item_folder(item.home, item.digest))
-    return cached_folder(item)
+    return cached_folder(store, item)
 
 
-def _prove(store: Store, key: str, path: Path, item: Item, file: str) -> None:
-    """Check a file in full, but only once for each digest, inode and time of writing."""
-    entry = item.files[file]
-    try:
-        found = path.stat()
-        proof = (entry.sha256, found.st_ino, found.st_mtime_ns, found.st_size)
-    except FileNotFoundError:
-        proof = None
-    if proof is not None and _proven.get(os.fspath(path)) == proof:
-        return
-    store.check(key, *entry)
-    if proof is not None:
+def _is_proven(path: Path, entry: FileEntry) -> bool:
+    return _proven.get(os.fspath(path), ()) == _proof(path, entry)
+
+
+def _remember(path: Path, entry: FileEntry) -> None:
+    if proof := _proof(path, entry):
         with _lock:
             _proven[os.fspath(path)] = proof
+
+
+def _proof(path: Path, entry: FileEntry) -> tuple[str, int, int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return (entry.sha256, found.st_ino, found.st_mtime_ns, found.st_size)

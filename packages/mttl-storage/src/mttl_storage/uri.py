@@ -9,6 +9,9 @@ from mttl_storage.errors import InvalidName
 
 SCHEMES = ("local", "virtual", "az", "hf")
 
+_CONTAINER = re.compile(r"(?!.*--)[a-z0-9][a-z0-9-]{1,61}[a-z0-9]|\$root|\$web")
+_ACCOUNT = re.compile(r"[a-z0-9]{3,24}")
+_HUB_NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 
 
@@ -75,4 +78,60 @@ def _remote(scheme: str, rest: str) -> str:
         raise InvalidName(f"a {scheme}:// address needs a name, as in '{scheme}://my-library'")
     if any(part in (".", "..") for part in parts) or any(ord(c) < 32 for c in rest):
         raise InvalidName(f"the {scheme}:// address {rest!r} has a part that cannot be used")
-    return "/".join(parts)
+    path = "/".join(parts)
+    if scheme == "az":
+        azure_parts(path)
+    if scheme == "hf":
+        hub_parts(path)
+    return path
+
+
+def azure_parts(path: str) -> tuple[str, str, str]:
+    """Account, container and the folder in it (empty if none) of an az:// address."""
+    account, _, rest = path.partition("/")
+    container, _, folder = rest.partition("/")
+    if not _ACCOUNT.fullmatch(account):
+        raise InvalidName(
+            f"the account {account!r} of an az:// address cannot be: it has 3 to 24 lower-case "
+            "letters and digits; the form is 'az://account/container/path'"
+        )
+    if not container:
+        raise InvalidName(
+            f"'az://{path}' names no container; the form is 'az://{account}/container/path'"
+        )
+    if not _CONTAINER.fullmatch(container):
+        raise InvalidName(
+            f"Azure allows no container {container!r}: 3 to 63 lower-case letters, digits and "
+            f"single hyphens are legal; {_legal(container)!r} would be"
+        )
+    return account, container, folder
+
+
+def hub_parts(path: str) -> tuple[str, str]:
+    """The kind of repository ("model" or "dataset") and its id, of an hf:// address."""
+    kind = "dataset" if path.startswith("datasets/") else "model"
+    repo = path.removeprefix("datasets/")
+    names = repo.split("/")
+    if len(names) != 2:
+        raise InvalidName(
+            f"'hf://{path}' names no repository; the form is 'hf://user/repo', or "
+            "'hf://datasets/user/repo' for a dataset repository"
+        )
+    for name in names:
+        if not _HUB_NAME.fullmatch(name) or name.endswith((".git", ".ipynb")):
+            raise InvalidName(
+                f"the hub allows no name {name!r}: up to 96 letters, digits, '-', '_' and '.' are "
+                f"legal, no '--' or '..', no '.git' at the end; {_legal_on_hub(name)!r} would be"
+            )
+    return kind, repo
+
+
+def _legal(container: str) -> str:
+    name = re.sub(r"[^a-z0-9]+", "-", container.lower()).strip("-")[:63].strip("-")
+    return name if len(name) >= 3 else f"{name}-library".lstrip("-")
+
+
+def _legal_on_hub(name: str) -> str:
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
+    name = re.sub(r"-{2,}", "-", re.sub(r"\.{2,}", ".", name)).removesuffix(".git")
+    return name.strip("-.")[:96].strip("-.") or "library"

@@ -9,7 +9,8 @@ from mttl_storage.items import Item, content_digest, decode_line
 from mttl_storage.log import HEAD, LOG, Change, Log, entry_key, snapshot_key
 from mttl_storage.names import check_name
 from mttl_storage.state import State
-from mttl_storage.store.base import Store, in_parallel
+from mttl_storage.store.base import Store
+from mttl_storage.store.transfer import in_parallel
 
 Progress = Callable[[int, int, str], None]
 

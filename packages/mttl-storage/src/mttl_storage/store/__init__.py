@@ -2,11 +2,10 @@
 
 import os
 
-from mttl_storage.errors import InvalidName
-from mttl_storage.store.base import Entry, Source, Store
+from mttl_storage.store.base import Entry, Store
 from mttl_storage.uri import Address, parse_uri
 
-__all__ = ["Entry", "Source", "Store", "filesystem"]
+__all__ = ["Entry", "Store", "filesystem"]
 
 
 def filesystem(uri: str | os.PathLike[str] | Address, token: object = None) -> Store:
@@ -25,7 +24,10 @@ def filesystem(uri: str | os.PathLike[str] | Address, token: object = None) -> S
         from mttl_storage.store.virtual import VirtualStore
 
         return VirtualStore(root=address.path)
-    raise InvalidName(
-        f"{address.scheme}:// addresses cannot be opened by this version of mttl-storage; "
-        "use local:// or virtual://"
-    )
+    if address.scheme == "az":
+        from mttl_storage.store.azure import AzureStore
+
+        return AzureStore(root=address.path).with_token(token)
+    from mttl_storage.store.hub import HubStore
+
+    return HubStore(root=address.path).with_token(token)

@@ -3,32 +3,18 @@
 A store is a folder of relative keys. Every write is whole: a reader sees the old bytes or the new.
 """
 
+import contextlib
 import hashlib
 import io
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from typing import IO, Any, NamedTuple, cast
 
 from fsspec import AbstractFileSystem
 
-from mttl_storage.errors import Corrupt
-
-WORKERS = 8
-"""Uploads and downloads in flight at once."""
-CHUNK = 1 << 20
-
-Source = bytes | Path
-_Key = TypeVar("_Key")
-
-
-class Upload(NamedTuple):
-    """One file to store: where it comes from, and what must arrive."""
-
-    source: Source
-    size: int
-    sha256: str
+from mttl_storage.errors import Corrupt, StorageError
+from mttl_storage.store.transfer import Upload, in_parallel
 
 
 class Entry(NamedTuple):
@@ -53,6 +39,16 @@ class Store(AbstractFileSystem):  # type: ignore[misc]
     scheme: str
     on_disk = False
     """Whether ``local_path`` gives the stored file itself."""
+    distant = False
+    """Whether each request takes long, so that many are made at once and files are cached."""
+    items_folder = ""
+    """Where items lie below the root."""
+    shown_folder = ""
+    """Items below this name are also shown at the root by the rest of their name, if it is set."""
+    missing_hint = ""
+    """What to add when there is no repository."""
+    kept_by_history = ""
+    """What gc cannot delete here, for people."""
 
     @property
     def address(self) -> str:
@@ -92,8 +88,8 @@ class Store(AbstractFileSystem):  # type: ignore[misc]
         """Every file under a folder, in no order, without what is half written."""
 
     @abstractmethod
-    def read_chunks(self, key: str) -> Iterator[bytes]:
-        """The file in chunks of at most CHUNK bytes."""
+    def read_chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
+        """The file, from a byte on, in chunks of at most a mebibyte or so."""
 
     @abstractmethod
     def check_writable(self) -> None:
@@ -109,15 +105,55 @@ class Store(AbstractFileSystem):  # type: ignore[misc]
 
     def item_folder(self, home: str, digest: str) -> str:
         """Where the files of an item lie, by its first name and its digest."""
-        return f"{home}/{digest}"
+        return f"{self.items_folder}/{home}/{digest}".lstrip("/")
 
-    def stage(self, files: Mapping[str, Upload]) -> None:
-        """Store the files of a commit to come. A file that is there and right is only renewed."""
+    def prepare(self) -> None:
+        """Make the place itself, a container or a hub repository, if there is none."""
+
+    def stage(self, files: Mapping[str, Upload]) -> Any:
+        """Store the files of a commit to come. A file that is there and right is only renewed.
+
+        Returns:
+            What ``publish`` needs to know of it.
+        """
         in_parallel(lambda key: self._upload(key, files[key]), files)
 
-    def publish(self, key: str, data: bytes) -> bool:
-        """Make a staged commit visible by creating its log entry; False if the key is taken."""
-        return self.put_if_absent(key, data)
+    def publish(
+        self,
+        key: str,
+        data: bytes,
+        staged: Any = None,
+        beside: Mapping[str, bytes] | None = None,
+        shown: Mapping[str, str | None] | None = None,
+        message: str = "",
+    ) -> bool:
+        """Make a staged commit visible by creating its log entry; False if the key is taken.
+
+        Args:
+            key: of the log entry.
+            data: the entry.
+            staged: what ``stage`` returned.
+            beside: further files that only save time; they may come later, or never.
+            shown: by path, the key of the file to show there, None for none; see ``shown_folder``.
+            message: what was done, where people look at the store itself.
+        """
+        if not self.put_if_absent(key, data):
+            return False
+        for each, content in (beside or {}).items():
+            with contextlib.suppress(StorageError):
+                self._replace(each, content)
+        return True
+
+    def delete_unchanged(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Delete files, each unless it was written or renewed since; those that were deleted."""
+        deleted: list[Entry] = []
+
+        def delete(entry: Entry) -> None:
+            if self.delete_if_unchanged(entry.key, entry.version):
+                deleted.append(entry)
+
+        in_parallel(delete, entries)
+        return deleted
 
     @abstractmethod
     def _upload(self, key: str, upload: Upload) -> None:
@@ -145,7 +181,11 @@ class Store(AbstractFileSystem):  # type: ignore[misc]
 
     def read_all(self, keys: Sequence[str]) -> list[bytes | None]:
         """The bytes of several small files, None for each that is missing."""
-        return [self._read_or_none(key) for key in keys]
+        if not self.distant:
+            return [self._read_or_none(key) for key in keys]
+        found: dict[str, bytes | None] = {}
+        in_parallel(lambda key: found.update({key: self._read_or_none(key)}), keys)
+        return [found[key] for key in keys]
 
     def _read_or_none(self, key: str) -> bytes | None:
         try:
@@ -218,37 +258,6 @@ class Store(AbstractFileSystem):  # type: ignore[misc]
 
     @abstractmethod
     def _replace(self, key: str, data: bytes) -> None: ...
-
-
-def verified(upload: Upload) -> Iterator[bytes]:
-    """The bytes of an upload in chunks; ValueError at the end if they changed since hashing."""
-    if isinstance(upload.source, bytes):
-        yield upload.source
-        return
-    hashed = hashlib.sha256()
-    with upload.source.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            hashed.update(chunk)
-            yield chunk
-    if hashed.hexdigest() != upload.sha256:
-        raise ValueError(f"{str(upload.source)!r} changed while it was being added; add it again")
-
-
-def in_parallel(action: Callable[[_Key], object], keys: Iterable[_Key]) -> None:
-    """Call an action for each key, WORKERS at once; after an error no further call begins."""
-    keys = list(keys)
-    if len(keys) < 2:
-        for key in keys:
-            action(key)
-        return
-    with ThreadPoolExecutor(min(WORKERS, len(keys))) as pool:
-        futures = [pool.submit(action, key) for key in keys]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 class _TextFile(io.TextIOWrapper):

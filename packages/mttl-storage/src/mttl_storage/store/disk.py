@@ -106,15 +106,20 @@ def exclusive(folder: str) -> Iterator[None]:
 
     The kernel drops it when the process dies. Where a file system has no locks, none is held.
     """
-    import fcntl
-
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor)
         yield
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int) -> None:
+    """Wait for the lock of an open file or folder; it is held until that is closed."""
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 class WholeFile(io.BufferedWriter):
@@ -154,12 +159,15 @@ class WholeFile(io.BufferedWriter):
             return
         self._settled = True
         try:
-            if self._mode != "xb":
-                os.replace(self._temporary, self._full)
-            elif not link_new(self._temporary, self._full):
-                raise FileExistsError(f"{self._full!r} was created meanwhile")
+            self._place(self._temporary)
         finally:
             _discard(self._temporary)
+
+    def _place(self, temporary: str) -> None:
+        if self._mode != "xb":
+            os.replace(temporary, self._full)
+        elif not link_new(temporary, self._full):
+            raise FileExistsError(f"{self._full!r} was created meanwhile")
         flush_folder(os.path.dirname(self._full))
 
     def discard(self) -> None:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from mttl_storage.errors import Conflict, Denied, ReadOnly, from_os_error, translated
 from mttl_storage.names import PRIVATE
-from mttl_storage.store.base import CHUNK, Entry, Store, Upload, in_parallel, verified
+from mttl_storage.store.base import Entry, Store
 from mttl_storage.store.disk import (
     TEMPORARY,
     WholeFile,
@@ -28,6 +28,7 @@ from mttl_storage.store.disk import (
     make_folders,
     temporary_beside,
 )
+from mttl_storage.store.transfer import CHUNK, Upload, in_parallel, verified
 
 
 class LocalStore(Store):
@@ -150,9 +151,10 @@ class LocalStore(Store):
                     removed += 1
         return removed
 
-    def read_chunks(self, key: str) -> Iterator[bytes]:
-        """The file in chunks of at most CHUNK bytes."""
+    def read_chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
+        """The file, from a byte on, in chunks of at most CHUNK bytes."""
         with translated("read", self.address_of(key)), open(self._full(key), "rb") as file:
+            file.seek(start)
             while chunk := file.read(CHUNK):
                 yield chunk
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Union
 
 from mttl_storage.errors import Conflict, NotFound
-from mttl_storage.store.base import CHUNK, Entry, Store, Upload, verified
+from mttl_storage.store.base import Entry, Store
+from mttl_storage.store.transfer import CHUNK, Upload, verified
 
 _versions = itertools.count(1)
 
@@ -127,11 +128,11 @@ class VirtualStore(Store):
                 found = []
         yield from found
 
-    def read_chunks(self, key: str) -> Iterator[bytes]:
-        """The file in chunks of at most CHUNK bytes."""
+    def read_chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
+        """The file, from a byte on, in chunks of at most CHUNK bytes."""
         data = self._blob(key).data
-        for start in range(0, len(data), CHUNK):
-            yield data[start : start + CHUNK]
+        for first in range(start, len(data), CHUNK):
+            yield data[first : first + CHUNK]
 
     def check_writable(self) -> None:
         """Memory can always be written."""

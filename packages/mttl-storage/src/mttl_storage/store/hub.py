@@ -1,0 +1,366 @@
+"""``hf://user/repo`` and ``hf://datasets/user/repo``: repositories on the Hugging Face Hub.
+
+Everything of a commit, its log entry and what people see of it make one commit of the hub, which
+succeeds only if the repository is as it was when we looked. Items lie under ``.mttl/items``; those
+whose name begins with ``experts/`` (``datasets/`` in a dataset repository) are shown at the root
+as well, where PEFT and others look. Both are one object in the hub's storage.
+"""
+
+import dataclasses
+import datetime
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from mttl_storage.errors import Conflict, NotFound, StorageError
+from mttl_storage.names import PRIVATE
+from mttl_storage.retrying import Failure
+from mttl_storage.store.base import Entry
+from mttl_storage.store.hub_client import TIMEOUT, connect, failure_of, quiet
+from mttl_storage.store.remote import ANY, Body, RemoteStore, upload_of
+from mttl_storage.store.transfer import CHUNK, Stored, Upload, in_parallel, verified
+from mttl_storage.uri import hub_parts
+
+from huggingface_hub import (  # isort: skip  # after hub_client, which says how to install it
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+    get_session,
+    hf_hub_url,
+)
+from huggingface_hub.hf_api import RepoFile  # isort: skip
+from huggingface_hub.utils._headers import build_hf_headers  # isort: skip
+from huggingface_hub.utils._http import hf_raise_for_status  # isort: skip
+
+BRANCH = "main"
+_SMALL = 1 << 20
+"""Bytes up to which a file is held in memory while it is committed."""
+
+
+class _Head(NamedTuple):
+    """The newest commit of the hub, and one file as it has it."""
+
+    commit: str
+    entry: Entry | None
+
+
+@dataclasses.dataclass
+class _Staged:
+    """Files that were uploaded, and the folder that keeps those that came from elsewhere."""
+
+    files: dict[str, Upload]
+    folder: tempfile.TemporaryDirectory[str] | None = None
+
+
+class HubStore(RemoteStore):
+    """Files of the main branch of one repository."""
+
+    protocol = "hf"
+    scheme = "hf"
+    items_folder = f"{PRIVATE}/items"
+    missing_hint = "; a private repository needs a token that may see it"
+    kept_by_history = (
+        "the git history of the hub still holds the bytes; HfApi.super_squash_history lets go of "
+        "them"
+    )
+
+    def __init__(self, root: str, **kwargs: Any) -> None:
+        """A store for ``user/repo`` or ``datasets/user/repo``; nothing is contacted yet."""
+        self._kind, self._repo = hub_parts(root)
+        super().__init__(root=root, **kwargs)
+        self.shown_folder = "datasets/" if self._kind == "dataset" else "experts/"
+
+    @cached_property
+    def _connection(self) -> tuple[HfApi, str]:
+        return connect(self._token)
+
+    @property
+    def _api(self) -> HfApi:
+        return self._connection[0]
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {"repo_id": self._repo, "repo_type": self._kind}
+
+    def prepare(self) -> None:
+        """Make the repository on the hub, if there is none; the owner's defaults hold for it."""
+        self._ask("create", "", lambda: self._api.create_repo(**self._where, exist_ok=True))
+
+    # Reading.
+
+    def _request(self, method: str, key: str, **headers: str) -> Any:
+        url = hf_hub_url(
+            self._repo, key, repo_type=self._kind, revision=BRANCH, endpoint=self._api.endpoint
+        )
+        session, api = get_session(), self._api
+        credentials = build_hf_headers(token=api.token, library_name=api.library_name)
+        request = session.build_request(
+            method,
+            url,
+            headers={**credentials, "Accept-Encoding": "identity", **headers},
+            timeout=TIMEOUT,
+        )
+        return session.send(request, stream=True, follow_redirects=method == "GET")
+
+    def _look(self, key: str) -> _Head:
+        """The newest commit and the file in it, by one request."""
+        response = self._request("HEAD", key)
+        response.close()
+        commit = response.headers.get("X-Repo-Commit")
+        if response.status_code == 404 and response.headers.get("X-Error-Code") == "EntryNotFound":
+            return _Head(commit or self._newest_commit(), None)
+        if not response.has_redirect_location:
+            hf_raise_for_status(response)
+        etag = response.headers.get("X-Linked-Etag") or response.headers.get("ETag", "")
+        size = response.headers.get("X-Linked-Size") or response.headers.get("Content-Length", "0")
+        return _Head(commit, Entry(key, int(size), 0.0, _version(etag, commit)))
+
+    def _newest_commit(self) -> str:
+        branches = self._api.list_repo_refs(**self._where).branches
+        commit: str = next(each.target_commit for each in branches if each.name == BRANCH)
+        return commit
+
+    def _find(self, key: str) -> Entry:
+        entry = self._look(key).entry
+        if entry is None:
+            raise NotFound(f"{self.address_of(key)!r} does not exist")
+        return entry
+
+    def _get(self, key: str, first: int, last: int | None, version: str | None) -> Body:
+        span = {} if not first and last is None else {"Range": f"bytes={first}-{_end(last)}"}
+        response = self._request("GET", key, **span)
+        if response.status_code == 416:
+            response.close()
+            return Body(first, version or "", iter(()))
+        try:
+            hf_raise_for_status(response)
+        except BaseException:
+            response.close()
+            raise
+        etag = response.headers.get("ETag", "")
+        if version and etag != version:
+            response.close()
+            raise Conflict(
+                f"{self.address_of(key)!r} was replaced while it was read; read it again"
+            )
+        whole = response.headers.get("Content-Range", "").rpartition("/")[2]
+        size = int(whole or response.headers.get("Content-Length", 0))
+        skip = first if response.status_code == 200 else 0
+        return Body(size, etag, _content(response, skip))
+
+    def _list(self, folder: str, recursive: bool) -> Iterator[Entry | str]:
+        commit = self._newest_commit()
+        found = self._api.list_repo_tree(
+            **self._where, path_in_repo=folder or None, recursive=recursive, revision=commit
+        )
+        for each in found:
+            if isinstance(each, RepoFile):
+                blob = each.lfs.sha256 if each.lfs else each.blob_id
+                yield Entry(each.path, each.size, 0.0, _version(blob, commit))
+            elif not recursive:
+                yield each.path
+
+    # Writing: every change is one commit on top of the one that was looked at.
+
+    def stage(self, files: Mapping[str, Upload]) -> _Staged:
+        """Upload what the hub keeps outside of git; nothing is visible before ``publish``."""
+        elsewhere = {k: u for k, u in files.items() if isinstance(u.source, Stored)}
+        staged = _Staged(dict(files))
+        if elsewhere:
+            staged.folder = tempfile.TemporaryDirectory(prefix="mttl-hub-")
+            places = {key: Path(staged.folder.name, str(n)) for n, key in enumerate(elsewhere)}
+
+            def bring(key: str) -> None:
+                with places[key].open("wb") as file:
+                    file.writelines(verified(elsewhere[key]))
+                staged.files[key] = elsewhere[key]._replace(source=places[key])
+
+            in_parallel(bring, elsewhere)
+        self._ask("upload to", "", lambda: self._preupload(self._additions(staged.files)))
+        return staged
+
+    def _preupload(self, additions: list[CommitOperationAdd]) -> None:
+        with quiet():
+            self._api.preupload_lfs_files(
+                additions=additions, free_memory=False, gitignore_content="", **self._where
+            )
+
+    def publish(
+        self,
+        key: str,
+        data: bytes,
+        staged: Any = None,
+        beside: Mapping[str, bytes] | None = None,
+        shown: Mapping[str, str | None] | None = None,
+        message: str = "",
+    ) -> bool:
+        """Make one hub commit of the staged files, the log entry and what goes with it."""
+        files = dict(staged.files) if staged else {}
+        small = {path: upload_of(content) for path, content in (beside or {}).items()}
+        entry = upload_of(data)
+        lost: list[Failure] = []
+
+        def attempt() -> bool:
+            head = self._look(key)
+            if head.entry is not None:
+                return False
+            view = self._view(shown or {}, files, head.commit)
+            self._commit([*self._additions({**files, **small, key: entry}), *view], head, message)
+            return True
+
+        published = self._ask("commit to", "", attempt, lost.append)
+        return published or (any(f.unknown for f in lost) and self.cat_file(key) == data)
+
+    def _view(
+        self, shown: Mapping[str, str | None], files: Mapping[Any, Upload], commit: str
+    ) -> list[Any]:
+        """The operations that show items by their names."""
+        view: list[Any] = []
+        for path, key in shown.items():
+            if key in files:
+                view.append(_addition(path, files[key]))
+            elif key is not None:
+                view.append(CommitOperationCopy(key, path, src_revision=commit))
+        dropped = [path for path, key in shown.items() if key is None]
+        return view + self._deletions(dropped, commit)
+
+    def _deletions(self, paths: list[str], commit: str) -> list[CommitOperationDelete]:
+        """Operations for the paths that are there; the hub refuses to delete others."""
+        if not paths:
+            return []
+        there = self._api.get_paths_info(paths=paths, revision=commit, **self._where)
+        return [CommitOperationDelete(found.path, is_folder=False) for found in there]
+
+    def _additions(self, files: Mapping[str, Upload]) -> list[CommitOperationAdd]:
+        """Fresh operations: those of an earlier try remember what the repository had then."""
+        return [_addition(path, upload) for path, upload in files.items()]
+
+    def _commit(self, operations: list[Any], head: _Head, message: str) -> str:
+        additions = [each for each in operations if isinstance(each, CommitOperationAdd)]
+        self._preupload(additions)
+        with quiet():
+            done = self._api.create_commit(
+                operations=operations,
+                commit_message=message or "Update",
+                parent_commit=head.commit,
+                **self._where,
+            )
+        commit: str = done.oid
+        return commit
+
+    def _write(self, key: str, upload: Upload, expected: str | None) -> str | None:
+        head = self._look(key)
+        found = head.entry.version if head.entry else None
+        if expected != ANY and _blob(found) != _blob(expected):
+            return None
+        self._commit(self._additions({key: upload}), head, f"Write {key}")
+        return self._find(key).version
+
+    def pipe(self, path: Any, value: bytes | None = None, **kwargs: Any) -> None:
+        """Write a file, or several of a dict by one commit."""
+        if isinstance(path, str) or kwargs:
+            super().pipe(path, value, **kwargs)
+            return
+        files = {self._strip_protocol(each): upload_of(bytes(data)) for each, data in path.items()}
+
+        def write() -> None:
+            head = _Head(self._newest_commit(), None)
+            self._commit(self._additions(files), head, f"Write {len(files)} files")
+
+        if files:
+            self._ask("write in", "", write)
+
+    def _delete(self, keys: list[str]) -> None:
+        def delete() -> None:
+            commit = self._newest_commit()
+            operations = self._deletions(keys, commit)
+            if keys and not operations:
+                raise NotFound(f"{self.address_of(keys[0])!r} does not exist")
+            self._commit(operations, _Head(commit, None), f"Delete {len(keys)} files")
+
+        if keys:
+            self._ask("delete", keys[0], delete)
+
+    def renew(self, key: str) -> Entry | None:
+        """The file, or None; a commit brings all its files again, so nothing has to be kept."""
+        return self._entry_or_none(self._strip_protocol(key))
+
+    def delete_if_unchanged(self, key: str, version: str) -> bool:
+        """Delete a file unless anything was committed since; whether it was deleted."""
+        return bool(self.delete_unchanged([Entry(key, 0, 0.0, version)]))
+
+    def delete_unchanged(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Delete files by one commit, or none of them if anything was committed since."""
+        if not entries:
+            return []
+        commit = entries[0].version.rpartition("@")[2]
+        operations = [CommitOperationDelete(entry.key, is_folder=False) for entry in entries]
+        first = entries[0].key
+
+        def delete() -> bool:
+            head = self._look(first)
+            if head.commit != commit:
+                return False
+            self._commit(operations, head, f"gc: delete {len(operations)} files")
+            return True
+
+        lost: list[Failure] = []
+        deleted = self._ask("delete in", "", delete, lost.append)
+        gone = deleted or (bool(lost) and self._entry_or_none(first) is None)
+        return list(entries) if gone else []
+
+    def created(self, path: str) -> datetime.datetime:
+        """When the file was last committed; the hub keeps no other time."""
+        return self.modified(path)
+
+    def modified(self, path: str) -> datetime.datetime:
+        """When the file was last committed."""
+        key = self._strip_protocol(path)
+        found = self._ask(
+            "read", key, lambda: self._api.get_paths_info(paths=[key], expand=True, **self._where)
+        )
+        if not found or not isinstance(found[0], RepoFile) or found[0].last_commit is None:
+            raise NotFound(f"{self.address_of(key)!r} does not exist")
+        moment: datetime.datetime = found[0].last_commit.date
+        return moment
+
+    def _failure(self, error: Exception, doing: str, key: str) -> Failure | None:
+        if isinstance(error, StorageError):
+            return None
+        where = self.address_of(key) if key else self.address
+        return failure_of(error, f"cannot {doing} {where!r}", self._connection[1])
+
+
+def _addition(path: str, upload: Upload) -> CommitOperationAdd:
+    small = upload.size <= _SMALL
+    source = b"".join(verified(upload)) if small else upload.source
+    operation = CommitOperationAdd(path, cast(bytes | Path, source))
+    if not small:
+        operation.upload_info.sha256 = bytes.fromhex(upload.sha256)  # the hub checks it
+    return operation
+
+
+def _version(etag: str, commit: str | None) -> str:
+    """What tells a file's content, and the commit in which it was seen."""
+    return f"{etag.removeprefix('W/').strip(chr(34))}@{commit}"
+
+
+def _blob(version: str | None) -> str | None:
+    return version and version.partition("@")[0]
+
+
+def _end(last: int | None) -> str:
+    return "" if last is None else str(last - 1)
+
+
+def _content(response: Any, skip: int) -> Iterator[bytes]:
+    """The body, from a byte on where the server sent all of it; the connection is given back."""
+    try:
+        for chunk in response.iter_bytes(CHUNK):
+            yield chunk[skip:]
+            skip = max(0, skip - len(chunk))
+    finally:
+        response.close()
