@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import contextlib
+import functools
 import random
 import socket
 import struct
@@ -120,11 +121,13 @@ class FaultyProxy:
             async with asyncio.TaskGroup() as connections:
                 while True:
                     client, _ = await self._loop.sock_accept(listener)
-                    connections.create_task(self._connect(client))
+                    task = connections.create_task(self._connect(client))
+                    # Not in the task, which can be cancelled before it has begun.
+                    task.add_done_callback(functools.partial(_close, client))
 
     async def _connect(self, client: socket.socket) -> None:
         family, kind, protocol, _, address = self._server
-        with client, socket.socket(family, kind, protocol) as server:
+        with socket.socket(family, kind, protocol) as server:
             for each in (client, server):
                 each.setblocking(False)
                 each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -177,24 +180,22 @@ class _Connection:
             if not self._answered:
                 self._answered = True
                 self._proxy._tell("after", self._exchange)
-                await self._spoil(data)
+                await self._spoil(self._exchange, data)
             await self._loop.sock_sendall(self._client, data)
         self._client.shutdown(socket.SHUT_WR)
 
-    async def _spoil(self, data: bytes) -> None:
+    async def _spoil(self, exchange: _Exchange, data: bytes) -> None:
         """Do what is to happen to an answer, of which ``data`` is the beginning."""
-        if self._exchange.fault == "reset":
+        if exchange.fault == "reset":
             self._proxy.done["lost"] += 1
             self._reset()
-        if self._exchange.fault == "cut":
+        if exchange.fault == "cut":
             self._proxy.done["cut"] += 1
             data = await self._rest_of(data)
-            await self._loop.sock_sendall(
-                self._client, data[: int(self._exchange.part * len(data))]
-            )
+            await self._loop.sock_sendall(self._client, data[: int(exchange.part * len(data))])
             self._client.shutdown(socket.SHUT_WR)
             raise ConnectionAbortedError
-        if self._exchange.fault == "stall":
+        if exchange.fault == "stall":
             self._proxy.done["stall"] += 1
             await asyncio.sleep(self._proxy.stall_seconds)
 
@@ -213,3 +214,7 @@ class _Connection:
         linger_not = struct.pack("ii", 1, 0)
         self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_not)
         raise ConnectionResetError
+
+
+def _close(client: socket.socket, _: object) -> None:
+    client.close()
