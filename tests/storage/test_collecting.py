@@ -68,7 +68,7 @@ def test_a_replaced_item_is_kept_for_its_readers_though_its_files_are_old(local)
 def test_files_of_a_writer_in_flight_are_spared(repository):
     upload = Upload(b"x", 1, "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881")
     key = f"{repository.store.item_folder('a', '0' * 64)}/f"
-    repository.store.stage({key: upload})
+    repository.store.stage([lambda: {key: upload}])
     assert repository.gc(grace=60).files == 0
     seen = repository.store.exists(key)
     assert seen == (repository.store.scheme != "hf")  # there, nothing is seen before the commit

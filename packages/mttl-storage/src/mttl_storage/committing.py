@@ -4,6 +4,7 @@ import datetime
 import random
 import time
 import uuid
+from functools import partial
 from typing import Any
 
 from mttl_storage.errors import Throttled
@@ -12,7 +13,7 @@ from mttl_storage.log import SNAPSHOT_EVERY, Log, LogEntry, entry_key, snapshot_
 from mttl_storage.materializing import shown_files
 from mttl_storage.sealed import digest_of, seal
 from mttl_storage.state import State
-from mttl_storage.store.transfer import Upload
+from mttl_storage.store.base import Staging
 
 PATIENCE = 120.0
 """Seconds to go on trying while other writers are faster."""
@@ -31,11 +32,10 @@ def commit(log: Log, base: State, intents: list[Intent], message: str = "") -> S
         message: for the history.
     """
     transaction = uuid.uuid4().hex
-    files: dict[str, Upload] = {}
-    for intent in intents:
-        files.update(intent.files)
-    staged: Any = None
-    staged_at: float | None = None
+    # Hashing and storing go on together, before what depends on the digests is decided.
+    makers = [partial(intent.uploads_on, base) for intent in intents if intent.content]
+    staging = log.store.stage(makers) if makers else Staging()
+    staged_at = time.monotonic()
     state, began, attempt = base, time.monotonic(), 0
     while True:
         draft = state.successor("", _now())
@@ -46,14 +46,16 @@ def commit(log: Log, base: State, intents: list[Intent], message: str = "") -> S
                 return state
             state = newest
             continue
-        if files and (staged_at is None or time.monotonic() - staged_at > STALE):
-            staged = log.store.stage(files)
+        files = {k: u for i in intents if i.content for k, u in i.content.uploads.items()}
+        stale = time.monotonic() - staged_at > STALE
+        if files and (stale or files.keys() - staging.files.keys()):
+            staging = log.store.stage([lambda: files])  # noqa: B023
             staged_at = time.monotonic()
         entry = LogEntry(draft.generation, state.chain, draft.time, message, transaction, changes)
         draft.chain = digest_of(entry.to_bytes())
         beside = snapshot_files(draft) if draft.generation % SNAPSHOT_EVERY == 0 else {}
         shown = shown_files(log.store, state, draft, changes)
-        if _published(log, entry, staged, beside, shown, message):
+        if _published(log, entry, staging, beside, shown, message):
             return draft
         if time.monotonic() - began > PATIENCE:
             raise Throttled(

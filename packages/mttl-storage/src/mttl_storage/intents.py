@@ -5,11 +5,20 @@ commit that lost a race can be rebased. Changes are plain data, as the log keeps
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mttl_storage.errors import Conflict, StorageError
-from mttl_storage.items import Item, checked_info, new_record, to_record, uploads_of
+from mttl_storage.items import (
+    Files,
+    Item,
+    checked_files,
+    checked_info,
+    new_record,
+    to_record,
+    uploads_of,
+)
 from mttl_storage.names import check_name
 from mttl_storage.sealed import to_json
 from mttl_storage.state import State
@@ -17,7 +26,32 @@ from mttl_storage.store.base import Store
 from mttl_storage.store.transfer import Upload
 
 Changes = list[dict[str, Any]]
-Files = Mapping[str, Any]
+
+
+class Content:
+    """The files and the info that an item is to have. The files are hashed when first needed."""
+
+    def __init__(
+        self, store: Store, name: str, files: Files, info: Mapping[str, Any] | None
+    ) -> None:
+        """Check everything that can be checked without reading the files."""
+        self._store, self._name = store, check_name(name)
+        self._files, self._info = checked_files(files), checked_info(info)
+
+    @cached_property
+    def _uploads(self) -> dict[str, Upload]:
+        return uploads_of(self._files)
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What the log is to keep of the item."""
+        return new_record(self._uploads, self._info)
+
+    @cached_property
+    def uploads(self) -> dict[str, Upload]:
+        """What to store, by key."""
+        folder = self._store.item_folder(self._name, self.record["digest"])
+        return {f"{folder}/{file}": upload for file, upload in self._uploads.items()}
 
 
 @dataclass(frozen=True)
@@ -27,14 +61,21 @@ class Intent:
     Args:
         names: of the items it is about; a change to them by others is a conflict.
         changes: what to log on top of a state; nothing if it is so already.
-        files: what to store before, by key.
-        digest: of the item's content afterwards, where that is known before.
+        content: what has to be stored for it.
     """
 
     names: tuple[str, ...]
     changes: Callable[[State], Changes]
-    files: Mapping[str, Upload] = field(default_factory=dict)
-    digest: str = ""
+    content: Content | None = None
+
+    def uploads_on(self, state: State) -> Mapping[str, Upload]:
+        """What to store if it is done by itself on a state; nothing if that cannot be."""
+        if self.content is None:
+            return {}
+        try:
+            return self.content.uploads if self.changes(state) else {}
+        except StorageError:
+            return {}
 
 
 def plan(intents: list[Intent], base: State, onto: State, draft: State) -> Changes:
@@ -76,9 +117,10 @@ def _overtaken(name: str, base: State) -> Conflict:
 
 def add(store: Store, name: str, files: Files, info: Mapping[str, Any] | None) -> Intent:
     """A new item; nothing to do if it is there with the same content and info."""
-    uploads, record = _content(name, files, info)
+    content = Content(store, name, files, info)
 
     def changes(state: State) -> Changes:
+        record = content.record
         if name in state.live:
             there = state.item(name)
             if _same(there, record):
@@ -88,7 +130,7 @@ def add(store: Store, name: str, files: Files, info: Mapping[str, Any] | None) -
         state.check_free(name)
         return [_change("add", name, record)]
 
-    return Intent((name,), changes, _keyed(store, name, record, uploads), record["digest"])
+    return Intent((name,), changes, content)
 
 
 def replace(
@@ -99,14 +141,14 @@ def replace(
     expected: str | None,
 ) -> Intent:
     """New content for an item, and new info unless that is None."""
-    uploads, record = _content(name, files, info)
+    content = Content(store, name, files, info)
 
     def changes(state: State) -> Changes:
-        there = _expected(state, name, expected)
+        there, record = _expected(state, name, expected), content.record
         wanted = {**record, "info": there.info} if info is None else record
         return [] if _same(there, wanted) else [_change("replace", name, wanted, there)]
 
-    return Intent((name,), changes, _keyed(store, name, record, uploads), record["digest"])
+    return Intent((name,), changes, content)
 
 
 def update_info(name: str, info: Mapping[str, Any], expected: str | None) -> Intent:
@@ -174,22 +216,6 @@ def forget(item: Item) -> Intent:
         return [{"kind": "forget", "name": item.name, "was": [there.home, there.digest]}]
 
     return Intent((item.name,), changes)
-
-
-def _content(
-    name: str, files: Files, info: Mapping[str, Any] | None
-) -> tuple[dict[str, Upload], dict[str, Any]]:
-    check_name(name)
-    checked = checked_info(info)
-    uploads = uploads_of(files)
-    return uploads, new_record(uploads, checked)
-
-
-def _keyed(
-    store: Store, name: str, record: Mapping[str, Any], uploads: Mapping[str, Upload]
-) -> dict[str, Upload]:
-    folder = store.item_folder(name, record["digest"])
-    return {f"{folder}/{file}": upload for file, upload in uploads.items()}
 
 
 def _expected(state: State, name: str, expected: str | None) -> Item:

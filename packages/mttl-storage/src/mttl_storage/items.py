@@ -155,11 +155,22 @@ def _check_keys(value: Any) -> None:
             _check_keys(each)
 
 
-def uploads_of(files: Mapping[str, bytes | os.PathLike[str] | Upload]) -> dict[str, Upload]:
-    """The files of an item, hashed, after their names were checked."""
+Files = Mapping[str, bytes | os.PathLike[str] | Upload]
+
+
+def checked_files(files: Files) -> dict[str, Any]:
+    """A copy of the files of an item, after their names and kinds were checked."""
     if not isinstance(files, Mapping):
         raise TypeError(f"files must be a mapping of names, not {type(files).__name__}")
-    _check_files(files)
+    _check_names(files)
+    for source in files.values():
+        if not isinstance(source, (bytes, bytearray, memoryview, os.PathLike, Upload)):
+            raise TypeError(f"a file is given as bytes or a Path, not {type(source).__name__}")
+    return dict(files)
+
+
+def uploads_of(files: Mapping[str, Any]) -> dict[str, Upload]:
+    """The files of an item, hashed."""
     uploads: dict[str, Upload] = {}
 
     def hash_one(name: str) -> None:
@@ -169,7 +180,7 @@ def uploads_of(files: Mapping[str, bytes | os.PathLike[str] | Upload]) -> dict[s
     return dict(sorted(uploads.items()))
 
 
-def _check_files(files: Iterable[str]) -> None:
+def _check_names(files: Iterable[str]) -> None:
     seen: dict[str, str] = {}
     for name in files:
         check_name(name, "file name")
@@ -188,8 +199,6 @@ def _upload_of(source: Any) -> Upload:
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
         return Upload(data, len(data), hashlib.sha256(data).hexdigest())
-    if not isinstance(source, os.PathLike):
-        raise TypeError(f"a file is given as bytes or a Path, not {type(source).__name__}")
     path, hashed, size = Path(source), hashlib.sha256(), 0
     with translated("read", str(path)), path.open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -5,6 +5,7 @@ newest snapshot and probe forward.
 """
 
 import contextlib
+import itertools
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -103,25 +104,40 @@ class Log:
         """Make the store a repository, if it is none yet."""
         body = to_json({"format": FORMAT, "id": secrets.token_hex(16)}) + b"\n"
         self.store.prepare()
-        self.store.put_if_absent(IDENTITY, seal(body))
+        self.store.publish(IDENTITY, seal(body), beside={HEAD: _head_naming(0)})
 
     def origin(self) -> State:
         """Generation 0; NotFound if there is no repository."""
-        body = self._body(IDENTITY)
-        if body is None:
+        return self._origin(self.store.read_all([IDENTITY])[0])
+
+    def _origin(self, identity: bytes | None) -> State:
+        if identity is None:
             raise NotFound(
                 f"there is no repository at {self.store.address!r}; check the address, or pass "
                 f"create=True to make one{self.store.missing_hint}"
             )
-        parse(body, self.store.address_of(IDENTITY))
+        where = self.store.address_of(IDENTITY)
+        body = unseal(identity, where)
+        parse(body, where)
         return State(0, digest_of(body))
 
     def newest(self, state: State | None = None) -> State:
         """The newest generation, found from a known one or from the newest snapshot."""
         if state is None:
-            origin = self.origin()
-            state = self._from_snapshot(self._head()) or self._newest_snapshot() or origin
+            state = self._newest_known()
         return self.replay(state, self.entries_after(state.generation))
+
+    def _newest_known(self) -> State:
+        """The state of the newest snapshot, or the origin while there is none."""
+        identity, head = self.store.read_all([IDENTITY, HEAD])
+        origin = self._origin(identity)
+        # A reader can do without head and snapshots, so damage there only costs time; verify tells.
+        with contextlib.suppress(Corrupt):
+            if named := self._head(head):
+                return self._from_snapshot(named) or self._newest_snapshot() or origin
+            if head is not None:
+                return origin
+        return self._newest_snapshot() or origin
 
     def at(self, generation: int) -> State:
         """One generation; NotFound if it does not exist."""
@@ -145,8 +161,10 @@ class Log:
 
     def entries_after(self, generation: int) -> Iterator[tuple[LogEntry, str]]:
         """The entries that follow a generation, each with its digest, to the newest."""
-        window = 8 if self.store.distant else 1
-        while True:
+        windows = itertools.chain((2, 16), itertools.repeat(100))
+        if not self.store.distant:
+            windows = itertools.chain((1, 2, 4, 8, 16), itertools.repeat(32))
+        for window in windows:
             numbers = range(generation + 1, generation + 1 + window)
             count = 0
             for number, body in self._bodies(numbers):
@@ -155,7 +173,6 @@ class Log:
             if count < window:
                 return
             generation += window
-            window = min(2 * window, 32)
 
     def replay(self, state: State, entries: Iterable[tuple[LogEntry, str]]) -> State:
         """The state after further entries; Corrupt if they do not continue it."""
@@ -181,20 +198,16 @@ class Log:
 
     def head(self) -> int:
         """The generation of the snapshot that the head names, 0 if there is no head."""
-        body = self._body(HEAD)
-        if body is None:
+        return self._head(self.store.read_all([HEAD])[0])
+
+    def _head(self, data: bytes | None) -> int:
+        if data is None:
             return 0
-        found = parse(body, self.store.address_of(HEAD)).get("snapshot")
+        where = self.store.address_of(HEAD)
+        found = parse(unseal(data, where), where).get("snapshot")
         if not isinstance(found, int):
-            raise Corrupt(f"{self.store.address_of(HEAD)!r} names no snapshot: {found!r}")
+            raise Corrupt(f"{where!r} names no snapshot: {found!r}")
         return found
-
-    # A reader can do without head and snapshots, so damage there only costs time. verify tells.
-
-    def _head(self) -> int:
-        with contextlib.suppress(Corrupt):
-            return self.head()
-        return 0
 
     def _from_snapshot(self, generation: int) -> State | None:
         if generation <= 0:
@@ -239,8 +252,12 @@ def apply_all(state: State, changes: Iterable[Mapping[str, Any]], where: str) ->
 
 def snapshot_files(state: State) -> dict[str, bytes]:
     """The snapshot of a state, and the head that names it. Only speed depends on either."""
-    head = to_json({"format": FORMAT, "snapshot": state.generation}) + b"\n"
-    return {snapshot_key(state.generation): seal(state.to_bytes()), HEAD: seal(head)}
+    number = state.generation
+    return {snapshot_key(number): seal(state.to_bytes()), HEAD: _head_naming(number)}
+
+
+def _head_naming(snapshot: int) -> bytes:
+    return seal(to_json({"format": FORMAT, "snapshot": snapshot}) + b"\n")
 
 
 def entry_key(generation: int) -> str:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mttl_storage import collecting, intents, materializing, reading, verification
-from mttl_storage.batch import Batch, Files
+from mttl_storage.batch import Batch
 from mttl_storage.collecting import Collected
 from mttl_storage.committing import commit
 from mttl_storage.errors import NotFound, ReadOnly, StorageError
 from mttl_storage.intents import Intent
-from mttl_storage.items import Item
+from mttl_storage.items import Files, Item
 from mttl_storage.log import Change, Commit, Log
 from mttl_storage.state import State
 from mttl_storage.store import Store, filesystem

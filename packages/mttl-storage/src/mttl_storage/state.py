@@ -89,16 +89,12 @@ class State:
 
     def _names(self) -> dict[str, str]:
         if self._folded is None:
-            self._folded = {}
+            # Threads may do this at once, so nothing half made is seen.
+            folded, folders = dict[str, str](), dict[str, int]()
             for name in self.live:
-                self._enter(name)
+                _enter(name, folded, folders)
+            self._folders, self._folded = folders, folded
         return self._folded
-
-    def _enter(self, name: str) -> None:
-        if self._folded is not None:
-            self._folded[fold(name)] = name
-            for folder in ancestors(fold(name)):
-                self._folders[folder] = self._folders.get(folder, 0) + 1
 
     def _leave(self, name: str) -> None:
         if self._folded is not None:
@@ -126,8 +122,8 @@ class State:
                 self._drop(change["source"])
             if kind in ("add", "restore", "rename"):
                 self.gone.pop(name, None)
-            if name not in self.live:
-                self._enter(name)
+            if name not in self.live and self._folded is not None:
+                _enter(name, self._folded, self._folders)
             self.live[name] = encode_line(name, {**change["item"], **stamp})
 
     def _drop(self, name: str) -> None:
@@ -164,6 +160,12 @@ class State:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise Corrupt(f"{where!r} is not a snapshot: {error!r}") from None
+
+
+def _enter(name: str, folded: dict[str, str], folders: dict[str, int]) -> None:
+    folded[fold(name)] = name
+    for folder in ancestors(fold(name)):
+        folders[folder] = folders.get(folder, 0) + 1
 
 
 def _by_name(lines: Iterable[bytes]) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """``az://account/container/path``: Azure Blob Storage, through azure-storage-blob."""
 
 import base64
+import contextlib
 import datetime
 import hashlib
 import uuid
@@ -21,7 +22,7 @@ from mttl_storage.retrying import Failure
 from mttl_storage.secrets import hide, redacted
 from mttl_storage.store.azure_account import Account, account_of
 from mttl_storage.store.base import Entry
-from mttl_storage.store.remote import ANY, Body, RemoteStore, slices
+from mttl_storage.store.remote import ANY, SMALL, Body, RemoteStore, slices
 from mttl_storage.store.transfer import WORKERS, Upload, in_parallel, verified
 from mttl_storage.uri import azure_parts
 
@@ -29,6 +30,7 @@ try:
     from azure.core import MatchConditions
     from azure.core.exceptions import (
         AzureError,
+        ClientAuthenticationError,
         HttpResponseError,
         IncompleteReadError,
         ResourceExistsError,
@@ -45,7 +47,7 @@ except ImportError as error:
 CONNECT_SECONDS = 10
 SILENT_SECONDS = 15
 """How long to wait for a connection, and for the next byte on it."""
-BLOCK = 4 << 20
+BLOCK = SMALL
 """Bytes of one block of a large file, and of one download request."""
 
 _PASSING = {408, 429, 500, 502, 503, 504}
@@ -80,6 +82,7 @@ class AzureStore(RemoteStore):
             retry_total=0,
             max_single_get_size=BLOCK,
             max_chunk_get_size=BLOCK,
+            connection_data_block_size=1 << 20,
             logging_enable=False,
         )
         if self._identity.secret:
@@ -104,36 +107,40 @@ class AzureStore(RemoteStore):
         return self._client.get_blob_client(f"{self._folder}{key}")
 
     def _find(self, key: str) -> Entry:
-        return _entry(key, self._blob(key).get_blob_properties())
+        with _garbled():
+            found = self._blob(key).get_blob_properties()
+        return _entry(key, found, _whole(found.etag))
 
     def _get(self, key: str, first: int, last: int | None, version: str | None) -> Body:
         condition = {"etag": version, "match_condition": MatchConditions.IfNotModified}
-        stream = self._blob(key).download_blob(
-            offset=first if first or last is not None else None,
-            length=None if last is None else last - first,
-            max_concurrency=1,
-            **(condition if version else {}),
-        )
-        # The stream's own size is that of the range, unless the whole file was asked for.
-        size = stream.properties.size if not first and last is None else None
-        if size is None:
-            size = int(stream.properties.content_range.rpartition("/")[2])
-        return Body(size, _quoted(stream.properties.etag), stream.chunks())
+        with _garbled():
+            stream = self._blob(key).download_blob(
+                offset=first if first or last is not None else None,
+                length=None if last is None else last - first,
+                max_concurrency=1,
+                **(condition if version else {}),
+            )
+            # The stream's own size is that of the range, unless the whole file was asked for.
+            found, whole = stream.properties, not first and last is None
+            size = found.size if whole else int(found.content_range.rpartition("/")[2])
+        return Body(size, _whole(found.etag), _content(stream))
 
     def _write(self, key: str, upload: Upload, expected: str | None) -> str | None:
         blob, condition = self._blob(key), _condition(expected)
         try:
             if upload.size <= BLOCK:
                 data = b"".join(verified(upload))
-                answer = blob.upload_blob(data, overwrite=expected is not None, **condition)
+                with _garbled():
+                    answer = blob.upload_blob(data, overwrite=expected is not None, **condition)
             else:
                 blocks = self._stage_blocks(key, blob, upload)
-                answer = blob.commit_block_list(blocks, **condition)
+                with _garbled():
+                    answer = blob.commit_block_list(blocks, **condition)
         except (ResourceExistsError, ResourceModifiedError) as error:
             if error.status_code in (409, 412) and expected != ANY:
                 return None
             raise
-        return _quoted(answer["etag"])
+        return _whole(answer["etag"])
 
     def _stage_blocks(self, key: str, blob: Any, upload: Upload) -> list[Any]:
         """Upload a large file in blocks, but for those that an earlier try has left there.
@@ -209,9 +216,13 @@ class AzureStore(RemoteStore):
     def _list(self, folder: str, recursive: bool) -> Iterator[Entry | str]:
         start = f"{self._folder}{folder}/" if folder else self._folder
         walk = self._client.list_blobs if recursive else self._client.walk_blobs
-        for found in walk(name_starts_with=start):
-            key = found.name.removeprefix(self._folder)
-            yield key.rstrip("/") if isinstance(found, BlobPrefix) else _entry(key, found)
+        with _garbled():
+            for found in walk(name_starts_with=start):
+                key = found.name.removeprefix(self._folder)
+                if isinstance(found, BlobPrefix):
+                    yield key.rstrip("/")
+                else:
+                    yield _entry(key, found, f'"{found.etag}"')  # a listing gives it bare
 
     def created(self, path: str) -> datetime.datetime:
         """When the file came to be."""
@@ -235,6 +246,10 @@ class AzureStore(RemoteStore):
                 passing=True,
                 patience=CONNECT_PATIENCE,
             )
+        if isinstance(error, ClientAuthenticationError):
+            kind = self._identity.kind
+            text = f"{what}: Azure refuses the credential of {kind}; {_reason(error)}"
+            return Failure(Denied(text))
         cut = isinstance(error, (ServiceResponseError, IncompleteReadError))
         if cut or not isinstance(error, HttpResponseError) or error.status_code is None:
             return Failure(
@@ -280,13 +295,33 @@ def _condition(expected: str | None) -> dict[str, Any]:
     return {"etag": expected, "match_condition": MatchConditions.IfNotModified}
 
 
-def _entry(key: str, found: Any) -> Entry:
-    return Entry(key, found.size, found.last_modified.timestamp(), _quoted(found.etag))
+def _entry(key: str, found: Any, version: str) -> Entry:
+    return Entry(key, found.size, found.last_modified.timestamp(), version)
 
 
-def _quoted(etag: str) -> str:
-    """An ETag in the form that a condition needs; listings give it bare."""
-    return f'"{etag.strip(chr(34))}"'
+def _content(stream: Any) -> Iterator[bytes]:
+    with _garbled():
+        yield from stream.chunks()
+
+
+class _GarbledError(AzureError):
+    """An answer was cut within its headers, which the client takes for all of them."""
+
+
+@contextlib.contextmanager
+def _garbled() -> Iterator[None]:
+    """Call the client, which stumbles over headers that are cut or missing."""
+    try:
+        yield
+    except (ValueError, IndexError, AttributeError, KeyError, TypeError) as error:
+        raise _GarbledError(f"the answer makes no sense to the client: {error!r}") from error
+
+
+def _whole(etag: str | None) -> str:
+    """An ETag; without a whole one, the headers were cut and nothing in them can be trusted."""
+    if etag is None or len(etag) < 2 or (etag[0], etag[-1]) != ('"', '"'):
+        raise _GarbledError(f"the answer was cut: its ETag is {etag!r}")
+    return etag
 
 
 def _reason(error: Exception) -> str:

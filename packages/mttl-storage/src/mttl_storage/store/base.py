@@ -7,7 +7,8 @@ import contextlib
 import hashlib
 import io
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -24,6 +25,13 @@ class Entry(NamedTuple):
     size: int
     time: float
     version: str
+
+
+@dataclass
+class Staging:
+    """The files of a commit to come, by key, which are stored but seen by no one."""
+
+    files: dict[str, Upload] = field(default_factory=dict)
 
 
 class Store(AbstractFileSystem):  # type: ignore[misc]
@@ -110,19 +118,30 @@ class Store(AbstractFileSystem):  # type: ignore[misc]
     def prepare(self) -> None:
         """Make the place itself, a container or a hub repository, if there is none."""
 
-    def stage(self, files: Mapping[str, Upload]) -> Any:
+    def stage(self, makers: Sequence[Callable[[], Mapping[str, Upload]]]) -> Staging:
         """Store the files of a commit to come. A file that is there and right is only renewed.
 
-        Returns:
-            What ``publish`` needs to know of it.
+        Args:
+            makers: each gives the files of one item by key, which takes reading and hashing them.
         """
+        staging = Staging()
+
+        def bring(make: Callable[[], Mapping[str, Upload]]) -> None:
+            files = make()
+            self._bring(files)
+            staging.files.update(files)
+
+        in_parallel(bring, makers)
+        return staging
+
+    def _bring(self, files: Mapping[str, Upload]) -> None:
         in_parallel(lambda key: self._upload(key, files[key]), files)
 
     def publish(
         self,
         key: str,
         data: bytes,
-        staged: Any = None,
+        staging: Staging | None = None,
         beside: Mapping[str, bytes] | None = None,
         shown: Mapping[str, str | None] | None = None,
         message: str = "",
@@ -132,7 +151,7 @@ class Store(AbstractFileSystem):  # type: ignore[misc]
         Args:
             key: of the log entry.
             data: the entry.
-            staged: what ``stage`` returned.
+            staging: what ``stage`` returned.
             beside: further files that only save time; they may come later, or never.
             shown: by path, the key of the file to show there, None for none; see ``shown_folder``.
             message: what was done, where people look at the store itself.

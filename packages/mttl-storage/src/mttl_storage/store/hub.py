@@ -9,7 +9,7 @@ as well, where PEFT and others look. Both are one object in the hub's storage.
 import dataclasses
 import datetime
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 from mttl_storage.errors import Conflict, NotFound, StorageError
 from mttl_storage.names import PRIVATE
 from mttl_storage.retrying import Failure
-from mttl_storage.store.base import Entry
+from mttl_storage.store.base import Entry, Staging
 from mttl_storage.store.hub_client import TIMEOUT, connect, failure_of, quiet
 from mttl_storage.store.remote import ANY, Body, RemoteStore, upload_of
 from mttl_storage.store.transfer import CHUNK, Stored, Upload, in_parallel, verified
@@ -48,10 +48,9 @@ class _Head(NamedTuple):
 
 
 @dataclasses.dataclass
-class _Staged:
-    """Files that were uploaded, and the folder that keeps those that came from elsewhere."""
+class _Staging(Staging):
+    """With the folder that keeps those that came from elsewhere."""
 
-    files: dict[str, Upload]
     folder: tempfile.TemporaryDirectory[str] | None = None
 
 
@@ -165,22 +164,25 @@ class HubStore(RemoteStore):
 
     # Writing: every change is one commit on top of the one that was looked at.
 
-    def stage(self, files: Mapping[str, Upload]) -> _Staged:
+    def stage(self, makers: Sequence[Callable[[], Mapping[str, Upload]]]) -> Staging:
         """Upload what the hub keeps outside of git; nothing is visible before ``publish``."""
-        elsewhere = {k: u for k, u in files.items() if isinstance(u.source, Stored)}
-        staged = _Staged(dict(files))
+        staging = _Staging()
+        in_parallel(lambda make: staging.files.update(make()), makers)
+        elsewhere = {k: u for k, u in staging.files.items() if isinstance(u.source, Stored)}
         if elsewhere:
-            staged.folder = tempfile.TemporaryDirectory(prefix="mttl-hub-")
-            places = {key: Path(staged.folder.name, str(n)) for n, key in enumerate(elsewhere)}
+            staging.folder = tempfile.TemporaryDirectory(prefix="mttl-hub-")
+            places = {key: Path(staging.folder.name, str(n)) for n, key in enumerate(elsewhere)}
 
             def bring(key: str) -> None:
                 with places[key].open("wb") as file:
                     file.writelines(verified(elsewhere[key]))
-                staged.files[key] = elsewhere[key]._replace(source=places[key])
+                staging.files[key] = elsewhere[key]._replace(source=places[key])
 
             in_parallel(bring, elsewhere)
-        self._ask("upload to", "", lambda: self._preupload(self._additions(staged.files)))
-        return staged
+        if staging.files:
+            additions = self._additions
+            self._ask("upload to", "", lambda: self._preupload(additions(staging.files)))
+        return staging
 
     def _preupload(self, additions: list[CommitOperationAdd]) -> None:
         with quiet():
@@ -192,13 +194,13 @@ class HubStore(RemoteStore):
         self,
         key: str,
         data: bytes,
-        staged: Any = None,
+        staging: Staging | None = None,
         beside: Mapping[str, bytes] | None = None,
         shown: Mapping[str, str | None] | None = None,
         message: str = "",
     ) -> bool:
         """Make one hub commit of the staged files, the log entry and what goes with it."""
-        files = dict(staged.files) if staged else {}
+        files = dict(staging.files) if staging else {}
         small = {path: upload_of(content) for path, content in (beside or {}).items()}
         entry = upload_of(data)
         lost: list[Failure] = []

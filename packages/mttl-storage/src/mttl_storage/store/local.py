@@ -5,20 +5,21 @@ reader nor a power cut meets half a file. Links that lead out of the root are no
 """
 
 # System calls on path strings, each of which a test makes fail.
-# ruff: noqa: PTH100, PTH103, PTH105, PTH106, PTH108, PTH110, PTH112, PTH116, PTH118
+# ruff: noqa: PTH100, PTH103, PTH105, PTH106, PTH108, PTH110, PTH112, PTH114, PTH116, PTH118
 # ruff: noqa: PTH119, PTH120, PTH123
 
 import contextlib
 import datetime
 import os
+import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from mttl_storage.errors import Conflict, Denied, ReadOnly, from_os_error, translated
 from mttl_storage.names import PRIVATE
-from mttl_storage.store.base import Entry, Store
+from mttl_storage.store.base import Entry, Staging, Store
 from mttl_storage.store.disk import (
     TEMPORARY,
     WholeFile,
@@ -29,6 +30,8 @@ from mttl_storage.store.disk import (
     temporary_beside,
 )
 from mttl_storage.store.transfer import CHUNK, Upload, in_parallel, verified
+
+_ITEM_FOLDER = re.compile(r"/[0-9a-f]{64}(/|$)")
 
 
 class LocalStore(Store):
@@ -43,6 +46,8 @@ class LocalStore(Store):
         super().__init__(root=root, **kwargs)
         self.root = os.path.abspath(root)
         self._real_root = os.path.realpath(self.root)
+        # Folders of items that were found to be no links, nor to lie behind any. They never change.
+        self._item_folders: set[str] = set()
 
     def local_path(self, key: str) -> Path:
         """The stored file or folder itself."""
@@ -50,7 +55,12 @@ class LocalStore(Store):
 
     def _full(self, key: str) -> str:
         full = os.path.join(self._real_root, self._strip_protocol(key)).rstrip("/") or "/"
+        folder = os.path.dirname(full)
+        if folder in self._item_folders and not os.path.islink(full):
+            return full
         real = os.path.realpath(full)
+        if real == full and _ITEM_FOLDER.search(folder) and os.path.exists(folder):
+            self._item_folders.add(folder)
         if real != full and not f"{real}/".startswith(f"{self._real_root.rstrip('/')}/"):
             raise Denied(f"{self.address_of(key)!r} is a link that leads out of {self.address!r}")
         return real
@@ -167,19 +177,29 @@ class LocalStore(Store):
             "lies on a read-only disk; open it with read_only=True, or change who owns it"
         )
 
-    def stage(self, files: Mapping[str, Upload]) -> None:
+    def stage(self, makers: Sequence[Callable[[], Mapping[str, Upload]]]) -> Staging:
         """Store the files of a commit to come. A file that is there and right is only renewed."""
-        folders = {os.path.dirname(self._full(key)) for key in files}
         with translated("write in", self.address):
-            for folder in sorted(folders):
-                make_folders(folder)
-            super().stage(files)
-            in_parallel(flush_folder, folders)
+            staging = super().stage(makers)
+            # All at the end: the first flush makes most of the others cheap.
+            in_parallel(flush_folder, self._folders_of(staging.files))
+        return staging
+
+    def _folders_of(self, keys: Iterable[str]) -> set[str]:
+        """The folders that files lie in, and those above up to the one that holds the root."""
+        folders = set()
+        for key in keys:
+            folder = os.path.dirname(self._full(key))
+            while folder not in folders and len(folder) >= len(self._real_root):
+                folders.add(folder)
+                folder = os.path.dirname(folder)
+        return folders
 
     def _upload(self, key: str, upload: Upload) -> None:
         with translated("write", self.address_of(key)):
             if not self._is_stored(key, upload):
                 full = self._full(key)
+                os.makedirs(os.path.dirname(full), exist_ok=True)
                 temporary = temporary_beside(full, verified(upload))
                 os.replace(temporary, full)
 

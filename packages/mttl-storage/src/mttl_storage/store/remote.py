@@ -25,6 +25,8 @@ from mttl_storage.store.transfer import Upload
 
 ANY = "*"
 """The expected version of a write that does not depend on what is there."""
+SMALL = 4 << 20
+"""Bytes up to which a file is sent by one request."""
 _TRIES_WITHOUT_A_BYTE = 20
 
 _Answer = TypeVar("_Answer")
@@ -137,6 +139,9 @@ class RemoteStore(Store):
         return version
 
     def _upload(self, key: str, upload: Upload) -> None:
+        # Of a small file it is cheaper to send it than to ask for it first.
+        if upload.size <= SMALL and self._put(key, upload, None) is not None:
+            return
         if not self._is_stored(key, upload):
             self._put(key, upload, ANY)
 

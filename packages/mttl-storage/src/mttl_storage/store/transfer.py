@@ -1,6 +1,7 @@
 """Moving files: what is to be stored, streaming it with its digest, several at once."""
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ WORKERS = 8
 CHUNK = 1 << 20
 
 _Key = TypeVar("_Key")
+_inside = threading.local()
 
 
 class Stored(NamedTuple):
@@ -60,13 +62,16 @@ def _chunks(source: Path | Stored) -> Iterator[bytes]:
 
 
 def in_parallel(action: Callable[[_Key], object], keys: Iterable[_Key]) -> None:
-    """Call an action for each key, WORKERS at once; after an error no further call begins."""
+    """Call an action for each key, WORKERS at once; after an error no further call begins.
+
+    Within such an action it calls one after the other, so that there are never more at once.
+    """
     keys = list(keys)
-    if len(keys) < 2:
+    if len(keys) < 2 or getattr(_inside, "one", False):
         for key in keys:
             action(key)
         return
-    with ThreadPoolExecutor(min(WORKERS, len(keys))) as pool:
+    with ThreadPoolExecutor(min(WORKERS, len(keys)), initializer=_enter) as pool:
         futures = [pool.submit(action, key) for key in keys]
         try:
             for future in futures:
@@ -74,3 +79,7 @@ def in_parallel(action: Callable[[_Key], object], keys: Iterable[_Key]) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _enter() -> None:
+    _inside.one = True
