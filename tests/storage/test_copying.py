@@ -1,3 +1,5 @@
+import itertools
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -112,3 +114,32 @@ def test_the_package_needs_neither_torch_nor_a_cloud_client(source):
     )
     done = subprocess.run([sys.executable, "-c", code, "verify", source.uri], check=False)
     assert done.returncode == 0
+
+
+_COPY = """
+import sys
+from mttl_storage import Repository, copy
+copy(Repository.open(sys.argv[1]), Repository.open(sys.argv[2], create=True))
+# Not ru_maxrss: that begins with what the process that started this one had.
+[peak] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(int(peak.split()[1]) // 1024)
+"""
+
+
+def test_a_process_that_copies_large_files_stays_small(local, new_address, azurite, hub, tmp_path):
+    """Among all that are not in memory anyway: 320 MB in two items, at most 256 MB resident."""
+    block = os.urandom(1 << 20)
+    for number in range(2):
+        with (tmp_path / "large").open("wb") as file:
+            for _ in range(160):
+                file.write(block)
+            file.write(b"%d" % number)
+        local.add(f"experts/{number}", {"adapter_model.safetensors": tmp_path / "large"})
+    places = [local.uri, new_address("az"), new_address("hf"), new_address("local")]
+    for source, target in itertools.pairwise(places):
+        done = subprocess.run(
+            [sys.executable, "-c", _COPY, source, target], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) < 256, (source, target)  # MB
+    assert Repository.open(places[-1]).items()["experts/1"].digest == local.item("experts/1").digest

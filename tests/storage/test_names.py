@@ -32,6 +32,7 @@ BAD = {
     "trailing dots and spaces": ["a.", "a ", " a", "a./b", "..."],
     "forbidden characters": ["a*b", "a?b", 'a"b', "a<b", "a|b", "a:b"],
     "our own files": [".mttl", ".MTTL/log", ".mttl/log/x", "a/.mttl-tmp-1"],
+    "files of a hub": ["a/.git/x", ".Cache", "experts/README.md", "Datasets/.gitattributes/x"],
     "not NFC": ["e\u0301t\u00e9"],
 }
 

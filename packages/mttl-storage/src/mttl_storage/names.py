@@ -16,11 +16,20 @@ PRIVATE = ".mttl"
 """The folder of a repository that holds its log."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_\-./ ]*")
+_PART = r"(?!aux|clock|com|con|lpt|nul|prn|readme)[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_-])?"
+_ORDINARY = re.compile(f"{_PART}(?:/{_PART})*", re.ASCII | re.IGNORECASE)
+"""Most names there are, and no name that cannot be used; others are looked at more closely."""
 _FORBIDDEN = set('\\:*?"<>|')
 _HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _DEVICES = {"con", "prn", "aux", "nul", "clock$", "conin$", "conout$"} | {
     f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³"
 }
+
+
+_REPOSITORY_FOLDERS = {".git", ".cache"}
+_SHOWN_FOLDERS = {"experts", "datasets"}
+_SHOWN_FILES = {"readme.md", ".gitattributes", ".gitignore", PRIVATE}
+"""What lies at the root of a hub repository, where experts and datasets are shown by name."""
 
 
 def check_name(name: str, what: str = "name") -> str:
@@ -51,6 +60,8 @@ def ancestors(name: str) -> list[str]:
 
 
 def _problem(name: str) -> str | None:
+    if len(name) <= SEGMENT_LIMIT and _ORDINARY.fullmatch(name):
+        return None
     if not name:
         return "it is empty"
     for character in () if _PLAIN.fullmatch(name) else name:
@@ -67,6 +78,9 @@ def _problem(name: str) -> str | None:
     segments = name.split("/")
     if fold(segments[0]) == PRIVATE:
         return f"{PRIVATE!r} is where the repository keeps its log"
+    folder, shown = segments[0], segments[1:2]
+    if fold(folder) in _SHOWN_FOLDERS and shown and fold(shown[0]) in _SHOWN_FILES:
+        return f"{shown[0]!r} is a file of the repository itself"
     return next(filter(None, map(_segment_problem, segments)), None)
 
 
@@ -79,6 +93,8 @@ def _segment_problem(segment: str) -> str | None:
         return f"a part has {len(segment.encode())} bytes; at most {SEGMENT_LIMIT} are allowed"
     if segment != segment.strip() or segment.endswith("."):
         return f"its part {segment!r} begins or ends with a space, or ends with a dot"
+    if fold(segment) in _REPOSITORY_FOLDERS:
+        return f"no hub takes files in a folder {segment!r}"
     if segment.startswith(f"{PRIVATE}-"):
         return f"parts that begin with '{PRIVATE}-' are temporary files"
     if fold(segment.split(".")[0].rstrip()) in _DEVICES or segment.lower() in _DEVICES:
