@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ def starter(
     json_path: Path | None,
 ) -> None:
     """Generate the starter mixture: short tasks of reasoning-gym with their own scorers."""
-    with known_errors(*_known()):
+    with data_errors():
         from mttl_data import make_starter
         from mttl_data.starter import starter_names
 
@@ -123,7 +124,7 @@ def flan(
     if not console().is_terminal:  # else datasets shows its own bars while it downloads
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    with known_errors(*_known()):
+    with data_errors():
         from mttl_data import EVALUATION_OVERLAP, make_flan
         from mttl_data.flan_sources import open_source
 
@@ -161,7 +162,7 @@ def show(library: str, tasks: Sequence[str], samples: int, json_path: Path | Non
 
     Without --task the sample is of the first task.
     """
-    with known_errors(*_known()):
+    with data_errors():
         target = open_library(library)
         infos = [target.info(task) for task in tasks or target.tasks()]
         shown = infos if tasks else infos[:1]
@@ -171,6 +172,13 @@ def show(library: str, tasks: Sequence[str], samples: int, json_path: Path | Non
             for number, row in enumerate(target.rows(info.task, split)[:samples]):
                 click.secho(f"\n{info.task}, {split} row {number}", bold=True)
                 click.echo(f"{row.source}\n--> {row.target}")
+
+
+def data_errors() -> AbstractContextManager[None]:
+    """One clear line for what users can cause."""
+    from mttl_data import DataError
+
+    return known_errors(DataError)
 
 
 def open_library(uri: str, create: bool = False) -> DatasetLibrary:
@@ -220,21 +228,6 @@ def report(library: DatasetLibrary, infos: Sequence[TaskInfo], json_path: Path |
             ],
         }
         write_json(json_path, content)
-
-
-def _known() -> tuple[type[Exception], ...]:
-    """What a user can cause, and is shown as one line."""
-    from mttl_data import DataNotReachableError, EmptyTaskError, TaskExistsError, UnknownTaskError
-    from mttl_storage import StorageError
-
-    return (
-        DataNotReachableError,
-        EmptyTaskError,
-        StorageError,
-        TaskExistsError,
-        UnknownTaskError,
-        ValueError,
-    )
 
 
 if __name__ == "__main__":

@@ -67,9 +67,12 @@ def main(**options: Any) -> None:
         from eval_options import check
 
         job = check(**options)
-        from eval_job import KNOWN_ERRORS, run
+        from eval_job import run
 
-    with known_errors(*KNOWN_ERRORS):
+        from mttl_adapters import AdapterError
+        from mttl_data import DataError
+
+    with known_errors(AdapterError, DataError):
         run(job)
 
 

@@ -16,16 +16,11 @@ from rich.table import Table
 from mttl_adapters import (
     EMBEDDED_ID,
     BaseModel,
-    BaseModelError,
-    EmbeddedModelError,
     load_base_model,
 )
 from mttl_data import (
     BenchmarkScore,
-    DataNotReachableError,
     DatasetLibrary,
-    EmptyTaskError,
-    UnknownTaskError,
     check_benchmarks,
     evaluate_benchmarks,
     held_out,
@@ -34,28 +29,12 @@ from mttl_data import (
 from mttl_experts import (
     Expert,
     ExpertLibrary,
-    ExpertNotFoundError,
-    IncompatibleExpertError,
     Score,
-    UnsupportedAdapterError,
     check_compatible,
 )
 from mttl_experts.jobs import bar, console, write_json
 from mttl_routing import RoutedModel, apply_expert, merge
-from mttl_storage import StorageError
 
-KNOWN_ERRORS = (
-    BaseModelError,
-    DataNotReachableError,
-    EmbeddedModelError,
-    EmptyTaskError,
-    ExpertNotFoundError,
-    IncompatibleExpertError,
-    OSError,  # a full disk, a folder that cannot be written
-    StorageError,
-    UnknownTaskError,
-    UnsupportedAdapterError,
-)
 TWO_SHOT = 2
 COLUMNS = ("base", "base_two_shot", "expert", "model")
 

@@ -62,7 +62,7 @@ def list_experts(library: str, as_json: bool) -> None:
 def show(expert: str, library: str, as_json: bool) -> None:
     """Show all that LIBRARY knows of EXPERT."""
     opened = open_library(library)
-    with known_errors(*_known()):
+    with known_errors():
         found = opened.get_expert(expert)
         digest = opened.digest(expert)
         facts = found.expert_info.to_dict() | {
@@ -89,7 +89,7 @@ def show(expert: str, library: str, as_json: bool) -> None:
 def verify(library: str, as_json: bool) -> None:
     """Read every byte of LIBRARY, and say what is not as it was written."""
     opened = open_library(library)
-    with known_errors(*_known()), bar("verifying") as shown:
+    with known_errors(), bar("verifying") as shown:
         problems = opened.verify(lambda done, total, _: shown.update(done, total))
     if as_json:
         found = [{"where": p.where, "what": p.what} for p in problems]
@@ -107,7 +107,7 @@ def open_library(library: str) -> ExpertLibrary:
     """The library at an address, to be read; a missing one ends the command in one line."""
     from mttl_experts import ExpertLibrary
 
-    with known_errors(*_known()):
+    with known_errors():
         return ExpertLibrary(library, read_only=True)
 
 
@@ -126,13 +126,6 @@ def _row(library: ExpertLibrary, name: str) -> dict[str, Any]:
         "digest": library.digest(name),
         "created": info.created,
     }
-
-
-def _known() -> tuple[type[Exception], ...]:
-    from mttl_experts import ExpertNotFoundError
-    from mttl_storage import StorageError
-
-    return (ExpertNotFoundError, StorageError, ValueError)
 
 
 if __name__ == "__main__":

@@ -114,9 +114,12 @@ def main(**options: Any) -> None:
         from train_options import check
 
         job = check(**options)
-        from train_job import KNOWN_ERRORS, run
+        from train_job import run
 
-    with known_errors(*KNOWN_ERRORS):
+        from mttl_adapters import AdapterError
+        from mttl_data import DataError
+
+    with known_errors(AdapterError, DataError):
         run(job)
 
 

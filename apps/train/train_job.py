@@ -14,12 +14,10 @@ from typing import Any
 import click
 from rich.table import Table
 from train_options import TrainOptions
-from train_plan import Plan, TakenNameError, is_there, plans
+from train_plan import Plan, is_there, plans
 
 from mttl_adapters import (
     BaseModel,
-    BaseModelError,
-    EmbeddedModelError,
     TrainedAdapter,
     load_base_model,
     train_adapter,
@@ -27,13 +25,9 @@ from mttl_adapters import (
 from mttl_data import (
     BENCHMARKS,
     Batches,
-    DataNotReachableError,
     DatasetLibrary,
-    EmptyTaskError,
     PromptWriter,
     Row,
-    TaskExistsError,
-    UnknownTaskError,
     benchmark_name,
     check_benchmarks,
     evaluate_benchmarks,
@@ -45,27 +39,11 @@ from mttl_experts import (
     Expert,
     ExpertInfo,
     ExpertLibrary,
-    ExpertNotFoundError,
-    IncompatibleExpertError,
     Score,
 )
 from mttl_experts.jobs import bar, console, write_json
 from mttl_routing import apply_expert
-from mttl_storage import StorageError
 
-KNOWN_ERRORS = (
-    BaseModelError,
-    DataNotReachableError,
-    EmbeddedModelError,
-    EmptyTaskError,
-    ExpertNotFoundError,
-    IncompatibleExpertError,
-    OSError,  # a full disk, a folder that cannot be written
-    StorageError,
-    TakenNameError,
-    TaskExistsError,
-    UnknownTaskError,
-)
 TWO_SHOT = 2
 
 

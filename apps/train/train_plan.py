@@ -16,7 +16,7 @@ from mttl_experts import ExpertLibrary, check_expert_name, recipe_digest
 from mttl_experts.jobs import console
 
 
-class TakenNameError(ValueError):
+class TakenNameError(click.ClickException):
     """The library has an expert of that name which was trained otherwise."""
 
 

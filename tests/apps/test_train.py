@@ -152,6 +152,46 @@ def test_a_dataset_that_is_not_there_says_what_to_pass(train):
     assert "no dataset at 'nowhere'" in last_line(outcome)
 
 
+def whole_row(**changes):
+    return {"source": "w1 w2", "target": "w2", "task_name": "t"} | changes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.jsonl", [{"source": "a", "target": "b"}], ("no column task_name", "source, target")),
+        ("rows.jsonl", b"not json\n", ("line 1", "'{path}'")),
+        ("rows.jsonl", b'{"source": "\xff"}\n', ("line 1", "'{path}'")),
+        ("rows.parquet", b"PAR1 not parquet", ("'{path}'", "parquet")),
+        ("rows.parquet", [whole_row(target=["b"])], ("'{path}'", "text")),
+    ],
+)
+def test_a_folder_of_bad_rows_is_one_clear_line(train, tmp_path, name, content, words):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "rows" / name
+    path.parent.mkdir()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(content), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, content)))
+    outcome = train("--task", "t", dataset=path.parent)
+    assert outcome.exit_code == 1
+    assert "Traceback" not in outcome.output
+    assert isinstance(outcome.exception, SystemExit), outcome.exception
+    for word in words:
+        assert word.format(path=path) in last_line(outcome)
+
+
+def test_a_library_copied_to_itself_is_one_clear_line(train):
+    outcome = train("--task", "copy_last", "--library", "local://a", "--destination", "local://a")
+    assert isinstance(outcome.exception, SystemExit), outcome.exception
+    assert "copied to itself" in last_line(outcome)
+
+
 def test_a_model_folder_without_weights_is_one_clear_line(train, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")

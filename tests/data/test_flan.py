@@ -241,7 +241,7 @@ def test_the_same_rows_again_change_nothing_and_others_are_refused(tmp_path, lib
     ("name", "content", "match"),
     [
         ("rows.txt", "x", "no file ends in"),
-        ("rows.parquet", "x", "not a parquet file"),
+        ("rows.parquet", "x", "cannot be read as parquet rows"),
         ("rows.jsonl", '{"source": "a"}\nnot json\n', "no column target, task_name"),
         (
             "rows.jsonl",

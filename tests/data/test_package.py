@@ -24,3 +24,15 @@ def test_the_readme_example_runs(tiny_llama, tokenizer, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     exec(example, {"model": tiny_llama(max_position_embeddings=1024), "tokenizer": tokenizer})
     assert capsys.readouterr().out.startswith("100 0.0 (0.0")
+
+
+def test_every_error_of_the_package_derives_from_one():
+    import mttl_data.errors
+
+    found = [
+        value
+        for value in vars(mttl_data.errors).values()
+        if isinstance(value, type) and value.__module__ == "mttl_data.errors"
+    ]
+    assert len(found) > 5
+    assert all(issubclass(kind, (mttl_data.DataError, Warning)) for kind in found)

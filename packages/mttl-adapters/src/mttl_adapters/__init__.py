@@ -1,14 +1,16 @@
 """Base models, adapter kinds and their training: tensors in, tensors out."""
 
 from mttl_adapters.bank import Bank
-from mttl_adapters.base_models import BaseModel, BaseModelError, fingerprint, load_base_model
-from mttl_adapters.embedded import EMBEDDED_ID, EmbeddedModelError
+from mttl_adapters.base_models import BaseModel, fingerprint, load_base_model
+from mttl_adapters.embedded import EMBEDDED_ID
+from mttl_adapters.errors import AdapterError, BaseModelError, EmbeddedModelError
 from mttl_adapters.kinds import linear_layers, lora_config
 from mttl_adapters.losses import labelled_loss, linear_cross_entropy
 from mttl_adapters.training import TrainedAdapter, TrainingConfig, mean_loss, train_adapter
 
 __all__ = [
     "EMBEDDED_ID",
+    "AdapterError",
     "Bank",
     "BaseModel",
     "BaseModelError",

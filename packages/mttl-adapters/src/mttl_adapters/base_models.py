@@ -17,14 +17,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mttl_adapters.embedded import EMBEDDED_ID, Progress, embedded_folder
+from mttl_adapters.errors import BaseModelError
 from mttl_adapters.quiet import quiet_transformers
 
 _HUB_PATIENCE_S = 10.0  # for the hub's first answer; loading would retry for much longer
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-
-
-class BaseModelError(ValueError):
-    """A base model that cannot be loaded under the name given."""
 
 
 @dataclass(frozen=True)

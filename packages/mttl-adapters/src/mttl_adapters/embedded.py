@@ -18,6 +18,8 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+from mttl_adapters.errors import EmbeddedModelError
+
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Hub id of the model that ``embedded`` stands for; experts trained on it name it as their base."""
 
@@ -26,10 +28,6 @@ Progress = Callable[[str, int, int], None]
 
 # GGUF's token type for control tokens (CONTROL in gguf.TokenType).
 _CONTROL = 3
-
-
-class EmbeddedModelError(RuntimeError):
-    """The embedded model is not installed, or its file cannot be read."""
 
 
 def embedded_gguf() -> Path:

@@ -47,10 +47,19 @@ from .dataset_library import (
     TaskInfo as TaskInfo,
 )
 from .errors import (
+    DataError as DataError,
+)
+from .errors import (
     DataNotReachableError as DataNotReachableError,
 )
 from .errors import (
     EmptyTaskError as EmptyTaskError,
+)
+from .errors import (
+    PromptError as PromptError,
+)
+from .errors import (
+    RowsError as RowsError,
 )
 from .errors import (
     TaskExistsError as TaskExistsError,
@@ -145,6 +154,7 @@ __all__ = [
     "STARTER_TASKS",
     "Batches",
     "BenchmarkScore",
+    "DataError",
     "DataNotReachableError",
     "DatasetLibrary",
     "EmptyTaskError",
@@ -154,8 +164,10 @@ __all__ = [
     "Likelihood",
     "Metric",
     "Prompt",
+    "PromptError",
     "PromptWriter",
     "Row",
+    "RowsError",
     "StarterTask",
     "TaskExistsError",
     "TaskInfo",

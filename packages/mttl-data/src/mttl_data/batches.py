@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mttl_data.errors import PromptError
 from mttl_data.rows import Row
 
 ANSWER_ONLY = "Reply with the answer only."
@@ -174,8 +175,8 @@ class PromptWriter:
             raise self._no_room(most)
         return Prompt(ids, len(starts))
 
-    def _no_room(self, most: int) -> ValueError:
-        return ValueError(
+    def _no_room(self, most: int) -> PromptError:
+        return PromptError(
             f"{most} tokens are too few: a prompt without any text of its row takes "
             f"{len(self._ids(self.text('')))}, with {len(self.shots)} solved examples; "
             "allow more tokens or give fewer examples"
@@ -199,7 +200,7 @@ def end_token_id(tokenizer: Any) -> int:
         if ids and ids[0] in tokenizer.all_special_ids:
             return ids[0]
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token, so no answer could ever end")
+        raise PromptError("the tokenizer has no end-of-text token, so no answer could ever end")
     return int(tokenizer.eos_token_id)
 
 

@@ -1,4 +1,4 @@
-"""Errors that a caller may want to tell apart, and how a wrong task name is answered."""
+"""Errors that bad data or bad wishes cause, and how a wrong task name is answered."""
 
 from __future__ import annotations
 
@@ -6,20 +6,32 @@ import difflib
 from collections.abc import Iterable
 
 
-class UnknownTaskError(LookupError):
+class DataError(Exception):
+    """What was asked of data cannot be had. The others derive from it."""
+
+
+class UnknownTaskError(DataError, LookupError):
     """There is no task of that name."""
 
 
-class EmptyTaskError(ValueError):
+class EmptyTaskError(DataError, ValueError):
     """The task is there, but has no rows to work with."""
 
 
-class TaskExistsError(ValueError):
+class TaskExistsError(DataError, ValueError):
     """The library has other rows under the task's name."""
 
 
-class DataNotReachableError(OSError):
+class DataNotReachableError(DataError, OSError):
     """Data that was asked for is neither on this machine nor to be had from the hub."""
+
+
+class RowsError(DataError, ValueError):
+    """Rows that cannot be read from where they lie, or not be made as asked."""
+
+
+class PromptError(DataError, ValueError):
+    """A row that a model cannot be asked, such as one that leaves no room for an answer."""
 
 
 def unknown_task(name: str, where: str, names: Iterable[str]) -> UnknownTaskError:

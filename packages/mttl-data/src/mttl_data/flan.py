@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mttl_data.errors import unknown_task
+from mttl_data.errors import EmptyTaskError, RowsError, unknown_task
 from mttl_data.rows import SPLITS, Row
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def make_flan(
     counts = scan.counts()
     names = sorted(counts) if tasks is None else list(dict.fromkeys(map(clean_name, tasks)))
     if not names:
-        raise ValueError(
+        raise EmptyTaskError(
             f"{rows.name} has no rows from {', '.join(include_task_source) or 'any collection'} "
             f"with {', '.join(include_template_type) or 'any template'}; give other filters"
         )
@@ -269,7 +269,7 @@ def _task_rows(task: str, rows: Sequence[dict[str, Any]], keep_split: bool) -> l
     for index, row in enumerate(rows):
         split = row["split"] if keep_split else _split(index)
         if split not in SPLITS:
-            raise ValueError(
+            raise RowsError(
                 f"a row of task {task!r} has split {split!r}, not one of {', '.join(SPLITS)}; "
                 "leave out keep_split to split by the rule"
             )

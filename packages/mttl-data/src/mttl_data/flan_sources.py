@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from mttl_data.errors import DataNotReachableError
+from mttl_data.errors import DataNotReachableError, RowsError
 from mttl_data.hub import hub_dataset
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Source(Protocol):
     rows: int | None
 
     def check(self, columns: set[str]) -> None:
-        """Raise ``ValueError`` if a column is missing."""
+        """Raise ``RowsError`` if a column is missing."""
         ...
 
     def batches(self, columns: Sequence[str], size: int) -> Iterator[pa.RecordBatch]:
@@ -60,7 +61,7 @@ def open_source(path: str | PathLike[str] | None) -> Source:
         files = sorted(file for file in root.rglob("*") if file.suffix in _SUFFIXES)
     files = [file for file in files if file.suffix in _SUFFIXES]
     if not files:
-        raise ValueError(f"{str(path)!r} has no rows: no file ends in {' or '.join(_SUFFIXES)}")
+        raise RowsError(f"{str(path)!r} has no rows: no file ends in {' or '.join(_SUFFIXES)}")
     return _Files(str(path), files)
 
 
@@ -71,7 +72,7 @@ class _Checked:
     def check(self, columns: set[str]) -> None:
         missing = columns - self.columns
         if missing:
-            raise ValueError(
+            raise RowsError(
                 f"{self.name} has no column {', '.join(sorted(missing))}; "
                 f"it has {', '.join(sorted(self.columns))}"
             )
@@ -102,7 +103,7 @@ class _Files(_Checked):
 
         for file in self.files:
             if file.suffix == ".parquet":
-                with pq.ParquetFile(file) as parquet:
+                with _readable(file), pq.ParquetFile(file) as parquet:
                     for batch in parquet.iter_batches(size, columns=list(columns)):
                         yield _as_text(batch, columns)
             else:
@@ -125,27 +126,35 @@ class _Hub(_Checked):
                 yield _as_text(batch, columns)
 
 
-def _parquet(file: Path) -> Any:
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Name a file whose bytes are no parquet, or whose columns are no text."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise RowsError(f"{str(file)!r} cannot be read as parquet rows of text: {error}") from error
+
+
+def _parquet(file: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    with _readable(file):
         return pq.read_schema(file)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{str(file)!r} is not a parquet file: {error}") from None
 
 
 def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} of {str(file)!r} is not a JSON object")
+                raise RowsError(f"line {number} of {str(file)!r} is not a JSON object")
             yield row
 
 

@@ -15,6 +15,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+from mttl_data.errors import RowsError
 from mttl_data.rows import Row
 
 _Z95 = 1.959963984540054  # the normal quantile at .975
@@ -69,7 +70,7 @@ def reasoning_gym_score(answer: str, row: Row) -> float:
         metadata = json.loads(row.metadata)
         generator, entry = metadata["generator"], metadata["entry"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise RowsError(
             f"a row of task {row.task_name!r} has no reasoning-gym entry in its metadata; "
             "score it with 'exact_match' or 'rouge_l'"
         ) from error

@@ -15,7 +15,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mttl_data.errors import unknown_task
+from mttl_data.errors import RowsError, unknown_task
 from mttl_data.metrics import reasoning_gym, reasoning_gym_score
 from mttl_data.rows import SPLITS, Row
 
@@ -156,7 +156,7 @@ def starter_rows(task: str, sizes: Mapping[str, int] = STARTER_SIZES, seed: int 
     drawn = {split: list(islice(stream, sizes.get(split, 0))) for split in _DRAWN}
     found = sum(len(rows) for rows in drawn.values())
     if found < wanted:
-        raise ValueError(
+        raise RowsError(
             f"task {task!r} has about {found} distinct rows, {wanted} were asked for; "
             "ask for fewer rows"
         )

@@ -11,6 +11,9 @@ from .compatible import (
     check_targets as check_targets,
 )
 from .errors import (
+    ExpertError as ExpertError,
+)
+from .errors import (
     ExpertExistsError as ExpertExistsError,
 )
 from .errors import (
@@ -75,6 +78,7 @@ __all__ = [
     "Artifact",
     "Artifacts",
     "Expert",
+    "ExpertError",
     "ExpertExistsError",
     "ExpertInfo",
     "ExpertLibrary",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from mttl_experts.errors import UnsupportedAdapterError
 from mttl_experts.expert import Expert
 from mttl_experts.plain import canonical_json, plain, recipe_digest
 from mttl_experts.tensors import to_safetensors
@@ -164,7 +165,9 @@ def digests_of(experts: Experts) -> list[str]:
     for expert in experts:
         if isinstance(expert, Expert):
             if expert.expert_weights is None:
-                raise ValueError(f"expert {expert.name!r} has no weights yet to compute from")
+                raise UnsupportedAdapterError(
+                    f"expert {expert.name!r} has no weights yet to compute from"
+                )
             digests.append(expert.digest)
         elif expert == _NOTHING:
             raise ValueError(f"{expert!r} is the digest of an expert without weights")

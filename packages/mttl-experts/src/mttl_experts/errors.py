@@ -8,19 +8,23 @@ from collections.abc import Collection
 from mttl_storage import Conflict
 
 
-class ExpertNotFoundError(LookupError):
+class ExpertError(Exception):
+    """What was asked of experts cannot be done with these. The others derive from it."""
+
+
+class ExpertNotFoundError(ExpertError, LookupError):
     """The library has no expert of that name."""
 
 
-class ExpertExistsError(Conflict):
+class ExpertExistsError(ExpertError, Conflict):
     """The library already has another expert of that name."""
 
 
-class IncompatibleExpertError(ValueError):
+class IncompatibleExpertError(ExpertError, ValueError):
     """An expert cannot work where it was asked to: another base, or nothing to attach to."""
 
 
-class UnsupportedAdapterError(ValueError):
+class UnsupportedAdapterError(ExpertError, ValueError):
     """An adapter is of a kind, or uses an option, that the asked-for computation does not cover."""
 
 

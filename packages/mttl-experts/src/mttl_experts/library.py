@@ -362,7 +362,7 @@ class ExpertLibrary:
         """
         target = ExpertLibrary(destination_id, token, create=True)
         if target.uri == self.uri:
-            raise ValueError(f"{self.uri} cannot be copied to itself; give another destination")
+            raise InvalidName(f"{self.uri} cannot be copied to itself; give another destination")
         names = None
         if self._is_filtered:
             digests = {item.digest for item in self._items().values()}

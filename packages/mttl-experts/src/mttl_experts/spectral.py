@@ -85,12 +85,14 @@ def lora_modules(expert: Expert) -> dict[str, LoraFactors]:
     the expert's own, not copies.
 
     Raises:
-        UnsupportedAdapterError: naming what makes the expert more, or other, than a plain LoRA.
-        ValueError: when the weights and the config do not fit each other.
+        UnsupportedAdapterError: naming what makes the expert more, or other, than a plain LoRA, or
+            in what its weights and its config do not fit each other.
     """
     name, config = expert.name, expert.expert_info.expert_config
     if expert.expert_weights is None or config is None:
-        raise ValueError(f"expert {name!r} has no weights yet, so there is nothing to compute from")
+        raise UnsupportedAdapterError(
+            f"expert {name!r} has no weights yet, so there is nothing to compute from"
+        )
     _refuse_options(name, config)
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in expert.expert_weights.items():
@@ -104,7 +106,9 @@ def lora_modules(expert: Expert) -> dict[str, LoraFactors]:
             )
         found.setdefault(match["module"], {})[match["which"]] = tensor
     if not found:
-        raise ValueError(f"expert {name!r} has no LoRA factors, so it would attach to nothing")
+        raise UnsupportedAdapterError(
+            f"expert {name!r} has no LoRA factors, so it would attach to nothing"
+        )
     return {module: _factors(name, config, module, found[module]) for module in sorted(found)}
 
 
@@ -149,12 +153,12 @@ def _factors(
 ) -> LoraFactors:
     if tensors.keys() != {"A", "B"}:
         missing = "B" if "A" in tensors else "A"
-        raise ValueError(f"expert {name!r}: module {module!r} lacks lora_{missing}")
+        raise UnsupportedAdapterError(f"expert {name!r}: module {module!r} lacks lora_{missing}")
     a, b = tensors["A"], tensors["B"]
     rank = _setting(name, config, "rank_pattern", "r", module)
     alpha = _setting(name, config, "alpha_pattern", "lora_alpha", module)
     if rank < 1 or a.shape[0] != rank or b.shape[1] != rank:
-        raise ValueError(
+        raise UnsupportedAdapterError(
             f"expert {name!r}: module {module!r} has A {tuple(a.shape)} and B {tuple(b.shape)}, "
             f"but its config says rank {rank!r}"
         )
@@ -173,18 +177,18 @@ def _setting(
             if re.match(rf"(.*\.)?({key})$", module)
         }
     except re.error as error:
-        raise ValueError(
+        raise UnsupportedAdapterError(
             f"expert {name!r}: a key of {pattern} is no regular expression: {error}"
         ) from error
     if len(values) > 1:
         # PEFT takes the first key, but it sorts the keys when it saves, so "first" is not kept.
-        raise ValueError(
+        raise UnsupportedAdapterError(
             f"expert {name!r}: several keys of {pattern} match module {module!r} with different "
             f"values {sorted(values)}; give each module one"
         )
     value = values.pop() if values else config.get(default)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ValueError(
+        raise UnsupportedAdapterError(
             f"expert {name!r}: {default} is {value!r} for module {module!r}; it takes a number"
         )
     return value

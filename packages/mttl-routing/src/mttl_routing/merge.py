@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mttl_experts import Expert, ExpertInfo, LoraFactors, recipe_digest
+from mttl_experts import Expert, ExpertInfo, LoraFactors, UnsupportedAdapterError, recipe_digest
 from mttl_routing.cohort import Experts, check_one_base, experts_of, factors_by_module
 from mttl_routing.merges import MERGES, Merge, MergeRule, Update
 from mttl_routing.merges.factoring import Factored, factored
@@ -172,7 +172,7 @@ def _weights(
 
 def _check_finite(expert: Expert, module: str, factors: LoraFactors) -> None:
     if not (factors.a.isfinite().all() and factors.b.isfinite().all()):
-        raise ValueError(
+        raise UnsupportedAdapterError(
             f"expert {expert.name!r} has NaN or infinite numbers in module {module!r}; leave it out"
         )
 

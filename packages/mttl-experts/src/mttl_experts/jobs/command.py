@@ -143,14 +143,26 @@ def literal(text: str) -> Any:
 
 
 @contextmanager
-def known_errors(*kinds: type[BaseException]) -> Iterator[None]:
-    """One clear line for errors of these kinds, and for Ctrl-C; others keep their traceback."""
+def known_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """One clear line for what users can cause, and for Ctrl-C; bugs keep their traceback.
+
+    Each package has one class from which its errors of that sort derive. Those of storage and
+    experts are known here, and so is the system's ``OSError``: a full disk, a folder that cannot be
+    written. A bare ``ValueError`` is a bug in every app.
+
+    Args:
+        kinds: the classes of the other packages in use, such as ``mttl_data.DataError``.
+    """
+    from mttl_experts.errors import ExpertError
+    from mttl_storage import StorageError
+
+    known: tuple[type[Exception], ...] = (ExpertError, StorageError, OSError, *kinds)
     try:
         yield
     except KeyboardInterrupt:
         click.echo("\nStopped. Run the same command again to go on from where it was.", err=True)
         raise SystemExit(INTERRUPTED) from None
-    except kinds as error:
+    except known as error:
         # A KeyError shows its message in quotes.
         text = error.args[0] if isinstance(error, LookupError) and error.args else error
         raise click.ClickException(" ".join(str(text).split())) from error
