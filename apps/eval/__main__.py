@@ -12,6 +12,8 @@ from mttl_experts.jobs import JobCommand, known_errors
 ALIASES = {
     "eval_metric": "metric",
     "expert_selection": "selection",
+    "include_task_source": "task_source",
+    "include_template_type": "template_type",
     "library_id": "library",
     "output_dir": "output",
     "pipeline_eval_tasks": "benchmarks",
@@ -53,6 +55,24 @@ ALIASES = {
 @click.option("--test-rows", type=click.IntRange(min=1), help="Most rows a task. [default: all]")
 @click.option("--metric", help="How answers are scored. [default: the task's own]")
 @click.option("--batch-size", default=32, type=click.IntRange(min=1), help="Rows answered at once.")
+@click.option(
+    "--max-input-length",
+    type=click.IntRange(min=1),
+    help="Most tokens of a prompt. [default: as the task's expert was trained]",
+)
+@click.option(
+    "--max-output-length",
+    type=click.IntRange(min=1),
+    help="Most tokens of an answer. [default: as the task's expert was trained]",
+)
+@click.option(
+    "--task-source",
+    help="Use only rows from these collections (comma list). [default: as trained]",
+)
+@click.option(
+    "--template-type",
+    help="Use only rows of these template types (comma list). [default: as trained]",
+)
 @click.option(
     "--precision",
     default="auto",

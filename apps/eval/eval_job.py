@@ -21,6 +21,8 @@ from mttl_adapters import (
 from mttl_data import (
     BenchmarkScore,
     DatasetLibrary,
+    HeldOut,
+    PromptError,
     check_benchmarks,
     evaluate_benchmarks,
     held_out,
@@ -29,13 +31,11 @@ from mttl_data import (
 from mttl_experts import (
     Expert,
     ExpertLibrary,
-    Score,
     check_compatible,
 )
-from mttl_experts.jobs import bar, console, write_json
+from mttl_experts.jobs import TWO_SHOT, Scoring, bar, console, mean, percent, write_json
 from mttl_routing import RoutedModel, apply_expert, merge
 
-TWO_SHOT = 2
 COLUMNS = ("base", "base_two_shot", "expert", "model")
 
 
@@ -52,8 +52,8 @@ def run(options: EvalOptions) -> None:
         rows += [evaluation.task(task) for task in library.tasks]
     if options.harness:
         rows += evaluation.benchmarks(options.harness)
-    mean = {column: _mean([row[column] for row in rows]) for column in COLUMNS}
-    console().print(_table(evaluation.title, rows, mean))
+    means = {column: mean(row[column] for row in rows) for column in COLUMNS}
+    console().print(_table(evaluation.title, rows, means))
     path = options.output / "results.json"
     write_json(
         path,
@@ -65,7 +65,7 @@ def run(options: EvalOptions) -> None:
             "experts": {expert.name: expert.digest for expert in experts},
             "model": evaluation.base.model_id,
             "tasks": rows,
-            "mean": mean,
+            "mean": means,
         },
     )
     write_json(options.output / "options.json", asdict(options) | {"output": str(options.output)})
@@ -84,6 +84,9 @@ class Evaluation:
         self.generation = library.generation
         self.base = self._load()
         self.title = " ".join(f"{key} {value}" for key, value in options.method.items() if value)
+        self.scoring = Scoring(
+            library, self.base, options.batch_size, options.recompute, (PromptError,)
+        )
         self._datasets: dict[str, DatasetLibrary] = {}
 
     def task(self, task: str) -> dict[str, Any]:
@@ -92,23 +95,25 @@ class Evaluation:
             self.library.get_experts_for_task(task),
             key=lambda expert: (len(expert.expert_info.tasks), expert.name),
         )
-        data = self._dataset(expert)
-        base = self._score(task, data, "base", [], nullcontext(self.base.model))
-        shots = self._score(
-            task, data, "base, 2 examples", [], nullcontext(self.base.model), n_shots=TWO_SHOT
+        asked = self._held_out(task, expert)
+        base = self.scoring.score(asked, "base", nullcontext(self.base))
+        shots = self.scoring.score_if_possible(
+            self._held_out(task, expert, TWO_SHOT),
+            f"base with {TWO_SHOT} examples",
+            nullcontext(self.base),
         )
-        own = self._score(task, data, expert.name, [expert], self._one(expert))
+        own = self.scoring.score(asked, expert.name, apply_expert(self.base, expert), [expert])
         model = base
         if self.options.method:
-            model = self._score(
-                task, data, self.title, self.experts, self._mixture(task), self.options.method
+            model = self.scoring.score(
+                asked, self.title, self._mixture(task), self.experts, self.options.method
             )
         return {
             "task": task,
             "metric": model.metric,
             "n": model.n,
             "base": base.value,
-            "base_two_shot": shots.value,
+            "base_two_shot": None if shots is None else shots.value,
             "expert": own.value,
             "model": model.value,
             "ci95": model.ci95,
@@ -116,7 +121,7 @@ class Evaluation:
 
     def benchmarks(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Scores on lm-evaluation-harness's tasks, a row for each and each of its metrics."""
-        base = self._harness("base", nullcontext(self.base.model), names)
+        base = self._harness("base", nullcontext(self.base), names)
         model = base
         if self.options.method:
             model = self._harness(self.title, self._mixture(None), names)
@@ -149,16 +154,11 @@ class Evaluation:
             )
 
     @contextmanager
-    def _one(self, expert: Expert) -> Iterator[Any]:
-        with apply_expert(self.base, expert) as model:
-            yield model.model
-
-    @contextmanager
     def _mixture(self, task: str | None) -> Iterator[Any]:
         """The base with all experts in it, for as long as the block lasts."""
         options = self.options
         if options.merge:
-            with self._one(self.merged) as model:
+            with apply_expert(self.base, self.merged) as model:
                 yield model
             return
         source: Any = list(self.experts) if options.recompute else self.library
@@ -173,50 +173,28 @@ class Evaluation:
             ) as routed,
             routed.tasks(task) if task else nullcontext(),
         ):
-            yield routed.model
+            yield routed
 
-    def _score(
-        self,
-        task: str,
-        data: DatasetLibrary,
-        who: str,
-        experts: Sequence[Expert],
-        context: Any,
-        method: dict[str, Any] | None = None,
-        n_shots: int = 0,
-    ) -> Score:
-        held = held_out(
-            data, task, n_shots=n_shots, limit=self.options.test_rows, metric=self.options.metric
-        )
-
-        def measure() -> Any:
-            with context as model, bar(f"{task}: {who}", len(held.rows)) as shown:
-                done = 0
-
-                def advance(count: int) -> None:
-                    nonlocal done
-                    done += count
-                    shown.update(done)
-
-                score = held.score(model, self.base.tokenizer, self.options.batch_size, advance)
-            if score.truncation.rows:
-                console().print(f"{task}: of {score.n}, {score.truncation}")
-            return score
-
-        recipe = held.recipe() | {
-            "base": self.base.fingerprint,
-            "dtype": str(self.base.model.dtype),
-        }
-        if method:
-            recipe["method"] = method
-        return self.library.scores.get_or_make(
-            experts, task, held.metric, recipe, measure, again=self.options.recompute
+    def _held_out(self, task: str, expert: Expert, n_shots: int = 0) -> HeldOut:
+        """Test rows, chosen and cut as for the task's own expert where options say nothing."""
+        options, trained = self.options, expert.expert_info.training_config or {}
+        filters = trained.get("filters") or {}
+        return held_out(
+            self._dataset(expert),
+            task,
+            n_shots=n_shots,
+            limit=options.test_rows,
+            metric=options.metric,
+            task_source=options.task_source or filters.get("task_source", ()),
+            template_type=options.template_type or filters.get("template_type", ()),
+            max_input_length=options.max_input_length or trained.get("max_input_length"),
+            max_output_length=options.max_output_length or trained.get("max_output_length"),
         )
 
     def _harness(self, who: str, context: Any, names: Sequence[str]) -> dict[str, BenchmarkScore]:
         with context as model, bar(f"benchmarks: {who}") as shown:
             return evaluate_benchmarks(
-                model,
+                model.model,
                 self.base.tokenizer,
                 names,
                 data_dir=self.options.data_dir,
@@ -260,7 +238,7 @@ class Evaluation:
         with bar("base model") as shown:
             base = load_base_model(
                 "embedded" if name == EMBEDDED_ID else name,
-                dtype=options.dtype,
+                dtype=options.precision,
                 progress=lambda what, done, total: shown.update(done, total, what),
             )
         told = set()
@@ -281,15 +259,7 @@ class Evaluation:
         return base
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else None
-
-
-def _table(title: str, rows: Sequence[dict[str, Any]], mean: dict[str, float | None]) -> Table:
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.1f}"
-
+def _table(title: str, rows: Sequence[dict[str, Any]], means: dict[str, float | None]) -> Table:
     table = Table(title=f"Scores in percent; model: {title or 'base'}", title_justify="left")
     table.add_column("task", overflow="fold")
     table.add_column("metric")
@@ -305,5 +275,5 @@ def _table(title: str, rows: Sequence[dict[str, Any]], mean: dict[str, float | N
             str(row["n"]),
         )
     table.add_section()
-    table.add_row("mean", "", *(percent(mean[column]) for column in COLUMNS))
+    table.add_row("mean", "", *(percent(means[column]) for column in COLUMNS))
     return table

@@ -43,6 +43,10 @@ class EvalOptions:
     test_rows: int | None
     metric: str | None
     batch_size: int
+    max_input_length: int | None
+    max_output_length: int | None
+    task_source: tuple[str, ...]
+    template_type: tuple[str, ...]
     precision: str
     recompute: bool
     strict: bool
@@ -65,12 +69,6 @@ class EvalOptions:
     def harness(self) -> list[str]:
         """Benchmarks of lm-evaluation-harness to run."""
         return [name for name in self.benchmarks if name != IN_DISTRIBUTION]
-
-    @property
-    def dtype(self) -> str:
-        """The base's number format as torch names it, or ``auto``."""
-        names = {"bf16": "bfloat16", "16": "float16", "32": "float32"}
-        return names.get(self.precision, self.precision)
 
 
 def check(**options: Any) -> EvalOptions:
@@ -96,7 +94,9 @@ def check(**options: Any) -> EvalOptions:
         raise click.UsageError("--density is for --merge ties")
     if options["rank"] is not None and not options["merge"]:
         raise click.UsageError("--rank is for --merge")
-    names = [name.strip() for name in (options["benchmarks"] or "").split(",") if name.strip()]
+    for name in ("benchmarks", "task_source", "template_type"):
+        options[name] = tuple(p.strip() for p in (options[name] or "").split(",") if p.strip())
+    names = list(options["benchmarks"])
     if names == ["all"]:
         from mttl_data import BENCHMARKS
 

@@ -26,10 +26,13 @@ from mttl_data import (
     BENCHMARKS,
     Batches,
     DatasetLibrary,
+    HeldOut,
+    PromptError,
     PromptWriter,
     Row,
     benchmark_name,
     check_benchmarks,
+    context_length,
     evaluate_benchmarks,
     held_out,
     open_dataset,
@@ -39,12 +42,9 @@ from mttl_experts import (
     Expert,
     ExpertInfo,
     ExpertLibrary,
-    Score,
 )
-from mttl_experts.jobs import bar, console, write_json
+from mttl_experts.jobs import TWO_SHOT, Scoring, bar, console, mean, percent, write_json
 from mttl_routing import apply_expert
-
-TWO_SHOT = 2
 
 
 def run(options: TrainOptions) -> None:
@@ -57,6 +57,9 @@ def run(options: TrainOptions) -> None:
     data = _open_data(options)
     base = _load(options)
     wanted = plans(options, data, base)
+    for task in {task for plan in wanted for task in plan.tasks}:
+        _held_out(options, data, task)  # rows to score on are missed before hours of training
+    scoring = Scoring(library, base, options.predict_batch_size, no_score=(PromptError,))
     waiting = [plan for plan in wanted if not is_there(plan, library, options.replace)]
     console().print(
         f"{len(wanted)} experts wanted, {len(wanted) - len(waiting)} there already: {library.uri}"
@@ -69,13 +72,13 @@ def run(options: TrainOptions) -> None:
             add = library.replace_expert if there else library.add_expert
             add(expert)
             plan.checkpoint(options.output).unlink(missing_ok=True)
-        rows.append(_measure(plan, options, data, library, base))
+        rows.append(_measure(plan, options, data, scoring))
     results: dict[str, Any] = {
         "library": library.uri,
         "model": base.model_id,
         "dataset": data.uri,
         "experts": rows,
-        "mean": {key: sum(row[key] for row in rows) / len(rows) for key in _SCORES},
+        "mean": {key: mean(row[key] for row in rows) for key in _SCORES},
     }
     console().print(_table(rows, results["mean"]))
     if benchmarks:
@@ -110,7 +113,7 @@ def _load(options: TrainOptions) -> BaseModel:
     with bar("base model") as shown:
         base = load_base_model(
             options.model,
-            dtype=options.dtype,
+            dtype=options.precision,
             progress=lambda what, done, total: shown.update(done, total, what),
         )
     dtype = str(base.model.dtype).removeprefix("torch.")
@@ -151,7 +154,7 @@ _TOOLS = ("torch", "transformers", "peft", "mttl-adapters", "mttl-data")
 def _trained(plan: Plan, options: TrainOptions, base: BaseModel) -> TrainedAdapter:
     writer = PromptWriter(
         base.tokenizer,
-        max_length=base.model.config.max_position_embeddings,
+        max_length=context_length(base.model),
         max_input_length=options.max_input_length,
         max_output_length=options.max_output_length,
     )
@@ -184,71 +187,54 @@ def _trained(plan: Plan, options: TrainOptions, base: BaseModel) -> TrainedAdapt
 _SCORES = ("base", "base_two_shot", "expert")
 
 
+def _held_out(options: TrainOptions, data: DatasetLibrary, task: str, n_shots: int = 0) -> HeldOut:
+    return held_out(
+        data,
+        task,
+        n_shots=n_shots,
+        limit=options.test_rows,
+        metric=options.metric,
+        task_source=options.task_source,
+        template_type=options.template_type,
+        max_input_length=options.max_input_length,
+        max_output_length=options.max_output_length,
+    )
+
+
 def _measure(
-    plan: Plan,
-    options: TrainOptions,
-    data: DatasetLibrary,
-    library: ExpertLibrary,
-    base: BaseModel,
+    plan: Plan, options: TrainOptions, data: DatasetLibrary, scoring: Scoring
 ) -> dict[str, Any]:
     """One row of the table: the base, the base with two examples, and the expert on test rows."""
-    scores: dict[str, list[Score]] = {}
-    expert = library.get_expert(plan.name)
-    for kind, experts, n_shots in (
-        ("base", [], 0),
-        ("base_two_shot", [], TWO_SHOT),
-        ("expert", [expert], 0),
-    ):
-        for task in plan.tasks:
-            score = _score(task, experts, n_shots, options, data, library, base)
-            scores.setdefault(kind, []).append(score)
+    expert = scoring.library.get_expert(plan.name)
+    base, shots, own = [], [], []
+    for task in plan.tasks:
+        asked = _held_out(options, data, task)
+        base.append(scoring.score(asked, "base", nullcontext(scoring.base)))
+        shots.append(
+            scoring.score_if_possible(
+                _held_out(options, data, task, TWO_SHOT),
+                f"base with {TWO_SHOT} examples",
+                nullcontext(scoring.base),
+            )
+        )
+        own.append(scoring.score(asked, expert.name, apply_expert(scoring.base, expert), [expert]))
     metrics = expert.expert_info.metrics
     return {
         "expert_name": plan.name,
         "task": ",".join(plan.tasks),
-        "metric": scores["expert"][0].metric,
-        "n": sum(score.n for score in scores["expert"]),
-        **{kind: sum(s.value for s in each) / len(each) for kind, each in scores.items()},
-        "ci95": scores["expert"][0].ci95 if len(plan.tasks) == 1 else None,
+        "metric": own[0].metric,
+        "n": sum(score.n for score in own),
+        "base": mean(score.value for score in base),
+        "base_two_shot": mean(None if score is None else score.value for score in shots),
+        "expert": mean(score.value for score in own),
+        "ci95": own[0].ci95 if len(plan.tasks) == 1 else None,
         "examples": metrics["examples"],
         "tokens_per_second": metrics["tokens"] / max(metrics["seconds"], 1e-9),
         "seconds": metrics["seconds"],
     }
 
 
-def _score(
-    task: str,
-    experts: list[Expert],
-    n_shots: int,
-    options: TrainOptions,
-    data: DatasetLibrary,
-    library: ExpertLibrary,
-    base: BaseModel,
-) -> Score:
-    held = held_out(data, task, n_shots=n_shots, limit=options.test_rows, metric=options.metric)
-    who = experts[0].name if experts else "base" + " with examples" * bool(n_shots)
-
-    def measure() -> Any:
-        with bar(f"scoring {task}: {who}", len(held.rows)) as shown:
-            done = 0
-
-            def advance(count: int) -> None:
-                nonlocal done
-                done += count
-                shown.update(done)
-
-            with apply_expert(base, experts[0]) if experts else nullcontext(base) as asked:
-                size = options.predict_batch_size
-                score = held.score(asked.model, base.tokenizer, size, advance)
-        if score.truncation.rows:
-            console().print(f"{task}: of {score.n}, {score.truncation}")
-        return score
-
-    recipe = held.recipe() | {"base": base.fingerprint, "dtype": str(base.model.dtype)}
-    return library.scores.get_or_make(experts, task, held.metric, recipe, measure)
-
-
-def _table(rows: list[dict[str, Any]], mean: Mapping[str, float]) -> Table:
+def _table(rows: list[dict[str, Any]], means: Mapping[str, float | None]) -> Table:
     table = Table(title="Held-out scores, in percent", title_justify="left")
     table.add_column("task", overflow="fold")
     for column in (
@@ -259,7 +245,7 @@ def _table(rows: list[dict[str, Any]], mean: Mapping[str, float]) -> Table:
         low_high = "-".join(f"{100 * end:.0f}" for end in row["ci95"] or ())
         table.add_row(
             row["expert_name"],
-            *(f"{100 * row[kind]:.1f}" for kind in _SCORES),
+            *(percent(row[kind]) for kind in _SCORES),
             low_high,
             str(row["n"]),
             str(row["examples"]),
@@ -267,7 +253,7 @@ def _table(rows: list[dict[str, Any]], mean: Mapping[str, float]) -> Table:
             f"{row['seconds']:.0f}",
         )
     table.add_section()
-    table.add_row("mean", *(f"{100 * mean[kind]:.1f}" for kind in _SCORES))
+    table.add_row("mean", *(percent(means[kind]) for kind in _SCORES))
     return table
 
 

@@ -57,12 +57,6 @@ class TrainOptions:
     template_type: tuple[str, ...]
     leave_out_evaluation_tasks: bool
 
-    @property
-    def dtype(self) -> str:
-        """The base's number format as torch names it, or ``auto``."""
-        names = {"bf16": "bfloat16", "16": "float16", "32": "float32"}
-        return names.get(self.precision, self.precision)
-
 
 def check(**options: Any) -> TrainOptions:
     """The options as one object.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def _plan(
     train = _rows(options, data, tasks, "train", options.train_rows)
     validation: list[Row] = []
     if options.validation_rows:
-        validation = _rows(options, data, tasks, "validation", options.validation_rows)
+        with suppress(EmptyTaskError):  # "most" rows: a task may have none
+            validation = _rows(options, data, tasks, "validation", options.validation_rows)
     try:
         adapter = lora_config(
             base.model,
@@ -161,21 +163,11 @@ def _rows(
     most: int | None,
 ) -> list[Row]:
     """At most ``most`` rows of each task, so that no task crowds out another."""
-    rows = []
-    for task in tasks:
-        wanted = [
-            row
-            for row in data.rows(task, split)
-            if (not options.task_source or row.task_source in options.task_source)
-            and (not options.template_type or row.template_type in options.template_type)
-        ]
-        rows += wanted[:most]
-    if not rows:
-        raise EmptyTaskError(
-            f"no {split} rows of {', '.join(tasks)} are from {options.task_source or 'any source'} "
-            f"with {options.template_type or 'any template'}; give other filters"
-        )
-    return rows
+    return [
+        row
+        for task in tasks
+        for row in data.rows(task, split, options.task_source, options.template_type)[:most]
+    ]
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:

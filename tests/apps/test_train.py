@@ -222,6 +222,31 @@ def test_too_long_rows_are_cut_and_counted(train):
     assert "rows were too long and lost" in outcome.output
 
 
+def test_scoring_chooses_and_cuts_rows_as_training_does(train, app):
+    limits = ("--max-input-length", "9", "--max-output-length", "1")
+    outcome = train("--task", "copy_last", *limits, "--task-source", "P3", "--test-rows", "3")
+    assert outcome.exit_code == 0, outcome.output
+    scores = ExpertLibrary("local://mttldata/library").scores.table()
+    assert len(scores) == 3
+    for score in scores:
+        assert score.n == 3
+        assert (score.recipe["max_input_length"], score.recipe["max_output_length"]) == (9, 1)
+    generation = Repository.open("local://mttldata/library").generation
+    assert app("eval", "--precision", "32", "--test-rows", "3").exit_code == 0
+    assert Repository.open("local://mttldata/library").generation == generation  # the same scores
+
+
+def test_examples_that_do_not_fit_leave_their_score_out_and_end_nothing(train, tmp_path):
+    rows = [whole_row(source="w2 " * 30 + f"w{i}", task_name="long") for i in range(40)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    outcome = train("--task", "long", dataset=tmp_path / "long.jsonl")
+    assert outcome.exit_code == 0, outcome.output
+    assert "long: base with 2 examples has no score:" in outcome.output
+    (found,) = results()["experts"]
+    assert found["base_two_shot"] is None
+    assert found["base"] is not None
+
+
 def test_no_hub_is_one_clear_line(app, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     outcome = app(

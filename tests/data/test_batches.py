@@ -14,6 +14,7 @@ from mttl_data.batches import (
     end_token_id,
     truncation,
 )
+from mttl_data.errors import PromptError
 from mttl_data.rows import Row
 
 ROW = Row("What is 2 + 2?", "4", "sums")
@@ -102,8 +103,18 @@ def test_a_target_longer_than_the_room_is_cut_and_counted(tokenizer):
 
 
 def test_too_little_room_for_the_prompt_itself_is_one_clear_error(tokenizer):
-    with pytest.raises(ValueError, match="give fewer examples"):
+    with pytest.raises(PromptError, match="give fewer examples"):
         PromptWriter(tokenizer, shots=SHOTS, max_length=40).prompt(ROW)
+
+
+def test_a_question_is_cut_the_same_with_examples_and_without(tokenizer):
+    row = Row("x" * 300 + " What is 2 + 2?", "four", "sums")
+    alone = PromptWriter(tokenizer, max_input_length=150).prompt(row)
+    shown = PromptWriter(tokenizer, shots=SHOTS, max_input_length=150).prompt(row)
+    assert len(alone.input_ids) == 150
+    assert shown.source_tokens_cut == alone.source_tokens_cut
+    question = tokenizer.decode(alone.input_ids).rpartition("<|im_start|>user\n")[2]
+    assert tokenizer.decode(shown.input_ids).endswith(f"<|im_start|>user\n{question}")
 
 
 def test_collate_pads_on_the_right_and_masks_it(tokenizer):

@@ -10,6 +10,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from mttl_data.batches import PromptWriter, Truncation
 from mttl_data.errors import EmptyTaskError
 from mttl_data.evaluate import evaluate_task, generate_answers, greedy
 from mttl_data.rows import Row
@@ -216,8 +217,6 @@ def test_a_task_is_scored_on_what_was_answered(tokenizer):
 
 
 def test_answers_can_end_at_a_line_break(tokenizer):
-    from mttl_data.batches import PromptWriter
-
     scripted = Scripted(tokenizer, {"one?": "\n1\nBecause it is.<|im_end|>"})
     ids = [PromptWriter(tokenizer).prompt(ROWS[0]).input_ids]
     assert generate_answers(scripted, tokenizer, ids, 30) == ["1\nBecause it is."]
@@ -243,6 +242,49 @@ def test_a_prompt_longer_than_the_context_is_cut_and_counted(model, tokenizer):
     assert score.truncation.source_tokens > 150
 
 
+def test_prompts_and_answers_are_cut_as_they_were_in_training(tokenizer):
+    scripted = Scripted(tokenizer, {"one?": "a" * 100 + "<|im_end|>"})
+    rows = [Row("x" * 50 + "one?", "a" * 20, "t")]
+    score = evaluate_task(
+        scripted, tokenizer, rows, "exact_match", max_input_length=110, max_output_length=7
+    )
+    assert score.answers == ("a" * 7,)
+    whole = len(PromptWriter(tokenizer).prompt(rows[0]).input_ids)
+    assert score.truncation == Truncation(1, whole - 110, 20 + 1 - 7)
+
+
+def test_a_target_as_long_as_the_context_leaves_room_for_the_question(tiny_llama, tokenizer):
+    model = tiny_llama(max_position_embeddings=256)
+    rows = [Row("w", "y" * 400, "t"), Row("q?", "yes", "t")]
+    score = evaluate_task(model, tokenizer, rows, "exact_match")
+    assert score.n == 2
+    assert score.truncation == Truncation(1, 0, 401 - 128)
+
+
 def test_a_task_without_rows_is_named_so(model, tokenizer):
     with pytest.raises(EmptyTaskError, match="no rows"):
         evaluate_task(model, tokenizer, [], "exact_match")
+
+
+def test_a_model_may_have_no_bound_on_its_context():
+    from types import SimpleNamespace
+
+    from mttl_data.forward import context_length
+
+    assert context_length(SimpleNamespace(config=SimpleNamespace(hidden_size=3))) is None
+    assert context_length(SimpleNamespace(config=SimpleNamespace(n_positions=9))) == 9
+    assert (
+        context_length(
+            GPTNeoForCausalLM(
+                GPTNeoConfig(
+                    hidden_size=8,
+                    num_layers=1,
+                    num_heads=1,
+                    vocab_size=9,
+                    attention_types=[[["global"], 1]],
+                    max_position_embeddings=17,
+                )
+            )
+        )
+        == 17
+    )

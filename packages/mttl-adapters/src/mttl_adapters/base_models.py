@@ -21,6 +21,8 @@ from mttl_adapters.errors import BaseModelError
 from mttl_adapters.quiet import quiet_transformers
 
 _HUB_PATIENCE_S = 10.0  # for the hub's first answer; loading would retry for much longer
+# Number formats by their older names.
+_DTYPES = {"bf16": "bfloat16", "16": "float16", "32": "float32"}
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -51,7 +53,8 @@ def load_base_model(
     Args:
         name: ``embedded``, a folder, or a hub id.
         revision: branch, tag or commit on the hub.
-        dtype: ``auto`` is bfloat16 where the device multiplies it natively, else float32.
+        dtype: torch's name or one of ``bf16``, ``16`` and ``32``; ``auto`` is bfloat16 where the
+            device multiplies it natively, else float32.
         device: ``auto`` is the first accelerator, else the CPU.
         cache: where the embedded model is kept once converted.
         progress: told of the conversion of the embedded model.
@@ -65,6 +68,8 @@ def load_base_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    elif isinstance(dtype, str):
+        dtype = _DTYPES.get(dtype, dtype)
     source = str(embedded_folder(cache, progress)) if name == "embedded" else name
     _check_source(source, revision)
     try:

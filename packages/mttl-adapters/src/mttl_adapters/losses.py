@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from mttl_adapters.errors import BaseModelError
+
 IGNORED = -100
 """Label of a position that has no loss, as in ``torch.nn.functional.cross_entropy``."""
 
@@ -46,11 +48,11 @@ def last_hidden_state(model: Any, input_ids: Tensor, attention_mask: Tensor) -> 
     """Hidden states (b, s, i) that the model's head would turn into logits.
 
     Raises:
-        ValueError: the model scales or caps its logits after the head, which this would skip.
+        BaseModelError: the model scales or caps its logits after the head, which this would skip.
     """
     for name in _AFTER_HEAD:
         if getattr(model.config, name, None) not in (None, 1, 1.0):
-            raise ValueError(
+            raise BaseModelError(
                 f"{type(model).__name__} applies {name!r} to its logits, which the chunked loss "
                 f"does not; train it with a model class that has a plain linear head"
             )

@@ -88,6 +88,9 @@ from .flan import (
 from .flan import (
     make_flan as make_flan,
 )
+from .forward import (
+    context_length as context_length,
+)
 from .held_out_rows import (
     HeldOut as HeldOut,
 )
@@ -178,6 +181,7 @@ __all__ = [
     "check_benchmarks",
     "clean_name",
     "collate",
+    "context_length",
     "end_token_id",
     "evaluate_benchmarks",
     "evaluate_task",

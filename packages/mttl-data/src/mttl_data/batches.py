@@ -31,6 +31,7 @@ class Prompt:
 
     input_ids: list[int]
     source_tokens_cut: int = 0
+    target_tokens_cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class PromptWriter:
         instruction: A line that goes before everything; empty for none.
         max_length: Most tokens that one prompt or example may have. The source then loses its
             first tokens, never the instruction, the examples or the answer's place.
-        max_input_length: Most tokens of a prompt, cut in the same way.
+        max_input_length: Most tokens of a prompt without its examples, cut in the same way: so a
+            question is the same with examples and without.
         max_output_length: Most tokens of an answer, its end token among them.
     """
 
@@ -97,11 +99,7 @@ class PromptWriter:
 
     def text(self, source: str) -> str:
         """The prompt for one source as the tokenizer will see it."""
-        if not self.tokenizer.chat_template:
-            parts = [self.instruction] if self.instruction else []
-            parts += [f"{shot.source}\n{shot.target}" for shot in self.shots]
-            return "\n\n".join([*parts, f"{source}\n"])
-        return _render(self.tokenizer, self._messages(source), add_generation_prompt=True)
+        return self._text(source, self.shots)
 
     def prompt(self, row: Row, room: int = 0) -> Prompt:
         """The ids that ask for the row's answer, with ``room`` tokens kept free after them."""
@@ -110,12 +108,13 @@ class PromptWriter:
                 f"a solved example of task {row.task_name!r} asks the same as a row that is put to "
                 "the model; take the examples from another split"
             )
-        ids = self._ids(self.text(row.source))
-        limits = [] if self.max_length is None else [self.max_length - room]
-        limits += [] if self.max_input_length is None else [self.max_input_length]
-        if not limits or len(ids) <= min(limits):
-            return Prompt(ids)
-        return self._cut(row, min(limits))
+        source, cut = row.source, 0
+        if self.max_input_length is not None:
+            source, cut = self._cut(source, (), self.max_input_length)
+        if self.max_length is not None:
+            source, more = self._cut(source, self.shots, self.max_length - room)
+            cut += more
+        return Prompt(self._ids(self.text(source)), cut)
 
     def example(self, row: Row) -> Example:
         """The row's prompt and answer, labelled for training."""
@@ -124,7 +123,7 @@ class PromptWriter:
         if self.max_length is not None:
             most = min(most, self.max_length - len(self._ids(self.text(""))))
             if most < 1:
-                raise self._no_room(self.max_length)
+                raise self._no_room(self.max_length, self.shots)
         target_cut = max(0, len(answer) - most)
         answer = answer[:most]
         prompt = self.prompt(row, room=len(answer))
@@ -139,9 +138,16 @@ class PromptWriter:
         """``example`` of every row, in order."""
         return [self.example(row) for row in rows]
 
-    def _messages(self, source: str) -> list[dict[str, str]]:
+    def _text(self, source: str, shots: Sequence[Row]) -> str:
+        if not self.tokenizer.chat_template:
+            parts = [self.instruction] if self.instruction else []
+            parts += [f"{shot.source}\n{shot.target}" for shot in shots]
+            return "\n\n".join([*parts, f"{source}\n"])
+        return _render(self.tokenizer, self._messages(source, shots), add_generation_prompt=True)
+
+    def _messages(self, source: str, shots: Sequence[Row]) -> list[dict[str, str]]:
         turns = []
-        for shot in self.shots:
+        for shot in shots:
             turns.append({"role": "user", "content": shot.source})
             turns.append({"role": "assistant", "content": shot.target})
         turns.append({"role": "user", "content": source})
@@ -160,25 +166,30 @@ class PromptWriter:
             ids.pop()
         return ids
 
-    def _cut(self, row: Row, most: int) -> Prompt:
-        """The prompt with as little as need be taken from the left of the source."""
-        encoded = self.tokenizer(row.source, add_special_tokens=False, return_offsets_mapping=True)
-        starts = [start for start, _ in encoded["offset_mapping"]]
-        cut = len(self._ids(self.text(row.source))) - most
-        while cut < len(starts):
-            ids = self._ids(self.text(row.source[starts[cut] :]))
-            if len(ids) <= most:
-                return Prompt(ids, cut)
-            cut += len(ids) - most
-        ids = self._ids(self.text(""))
-        if len(ids) > most:
-            raise self._no_room(most)
-        return Prompt(ids, len(starts))
+    def _cut(self, source: str, shots: Sequence[Row], most: int) -> tuple[str, int]:
+        """The source with as little as need be taken from its left, and how many tokens that is."""
 
-    def _no_room(self, most: int) -> PromptError:
+        def over(text: str) -> int:
+            return len(self._ids(self._text(text, shots))) - most
+
+        cut = over(source)
+        if cut <= 0:
+            return source, 0
+        encoded = self.tokenizer(source, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        while cut < len(starts):
+            kept = source[starts[cut] :]
+            if (more := over(kept)) <= 0:
+                return kept, cut
+            cut += more
+        if over("") > 0:
+            raise self._no_room(most, shots)
+        return "", len(starts)
+
+    def _no_room(self, most: int, shots: Sequence[Row] = ()) -> PromptError:
         return PromptError(
             f"{most} tokens are too few: a prompt without any text of its row takes "
-            f"{len(self._ids(self.text('')))}, with {len(self.shots)} solved examples; "
+            f"{len(self._ids(self._text('', shots)))}, with {len(shots)} solved examples; "
             "allow more tokens or give fewer examples"
         )
 
@@ -186,7 +197,7 @@ class PromptWriter:
 def truncation(items: Sequence[Example | Prompt]) -> Truncation:
     """What was cut from these in all."""
     source = [item.source_tokens_cut for item in items]
-    target = [item.target_tokens_cut if isinstance(item, Example) else 0 for item in items]
+    target = [item.target_tokens_cut for item in items]
     touched = sum(bool(a or b) for a, b in zip(source, target, strict=True))
     return Truncation(touched, sum(source), sum(target))
 

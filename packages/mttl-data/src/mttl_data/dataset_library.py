@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -117,11 +117,36 @@ class DatasetLibrary:
         path = self.repository.path(item.name, f"{split}.parquet")
         return pq.read_table(path, memory_map=True)
 
-    def rows(self, task: str, split: str) -> list[Row]:
-        """The rows of one split; ``EmptyTaskError`` if there is none."""
+    def rows(
+        self,
+        task: str,
+        split: str,
+        task_source: Collection[str] = (),
+        template_type: Collection[str] = (),
+    ) -> list[Row]:
+        """The rows of one split; ``EmptyTaskError`` if there is none.
+
+        Args:
+            task: Its name.
+            split: One of ``SPLITS``.
+            task_source: Rows from these collections alone; any if empty.
+            template_type: Rows of these template types alone; any if empty.
+        """
         table = self.table(task, split)
         columns = [table.column(name).to_pylist() for name in _COLUMNS]
-        return [Row(*values) for values in zip(*columns, strict=True)]
+        rows = [
+            row
+            for row in (Row(*values) for values in zip(*columns, strict=True))
+            if (not task_source or row.task_source in task_source)
+            and (not template_type or row.template_type in template_type)
+        ]
+        if not rows:
+            raise EmptyTaskError(
+                f"no {split} rows of task {task!r} are from "
+                f"{' or '.join(task_source) or 'any collection'} with "
+                f"{' or '.join(template_type) or 'any template'}; give other filters"
+            )
+        return rows
 
     def add_task(
         self,

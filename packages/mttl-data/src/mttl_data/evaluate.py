@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from mttl_data.batches import ANSWER_ONLY, PromptWriter, Truncation, end_token_id, truncation
 from mttl_data.errors import EmptyTaskError
-from mttl_data.forward import Forward, evaluating
+from mttl_data.forward import Forward, context_length, evaluating
 from mttl_data.metrics import mean_interval, score_answers
 from mttl_data.rows import Row
 
 Progress = Callable[[int], object]
 _SLACK_TOKENS = 4  # room for an answer to be a little longer than the longest target
+_ANSWER_SHARE = 2  # an answer takes at most one in this many of the context's tokens
 _DROP_SHARE = 8  # ended rows leave once they are one in this many
 
 
@@ -35,7 +36,7 @@ class TaskScore:
         answers: What the model wrote, row by row.
         scores: The score of each answer.
         metric: The name in ``METRICS``.
-        truncation: What of the prompts did not fit into the model's context.
+        truncation: What of the prompts was cut, and of the targets could not have been answered.
     """
 
     n: int
@@ -55,7 +56,8 @@ def evaluate_task(
     shots: Sequence[Row] = (),
     *,
     instruction: str = ANSWER_ONLY,
-    max_new_tokens: int | None = None,
+    max_input_length: int | None = None,
+    max_output_length: int | None = None,
     batch_size: int = 32,
     stop_at_newline: bool = False,
     share_prefix: bool = True,
@@ -70,7 +72,9 @@ def evaluate_task(
         metric: A name in ``METRICS``.
         shots: Solved examples put before each question; none may be among ``rows``.
         instruction: The line that wants the answer alone.
-        max_new_tokens: Most tokens of an answer; the longest target and a little more if left out.
+        max_input_length: Most tokens of a prompt without its examples, as in training.
+        max_output_length: Most tokens of an answer. It is never more than the longest target and a
+            little, nor than half of the model's context.
         batch_size: Rows answered at a time.
         stop_at_newline: End an answer at its first line break.
         share_prefix: See ``generate_answers``.
@@ -78,12 +82,26 @@ def evaluate_task(
     """
     if not rows:
         raise EmptyTaskError("no rows to score a model on")
-    if max_new_tokens is None:
-        lengths = [len(tokenizer(row.target, add_special_tokens=False).input_ids) for row in rows]
-        max_new_tokens = max(lengths) + 1 + _SLACK_TOKENS
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    writer = PromptWriter(tokenizer, shots=shots, instruction=instruction, max_length=context)
-    prompts = [writer.prompt(row, room=max_new_tokens) for row in rows]
+    lengths = [len(tokenizer(row.target, add_special_tokens=False).input_ids) for row in rows]
+    most = [max(lengths) + 1 + _SLACK_TOKENS]
+    context = context_length(model)
+    most += [] if max_output_length is None else [max_output_length]
+    most += [] if context is None else [context // _ANSWER_SHARE]
+    max_new_tokens = min(most)
+    writer = PromptWriter(
+        tokenizer,
+        shots=shots,
+        instruction=instruction,
+        max_length=context,
+        max_input_length=max_input_length,
+    )
+    prompts = [
+        replace(
+            writer.prompt(row, room=max_new_tokens),
+            target_tokens_cut=max(0, length + 1 - max_new_tokens),
+        )
+        for row, length in zip(rows, lengths, strict=True)
+    ]
     answers = generate_answers(
         model,
         tokenizer,

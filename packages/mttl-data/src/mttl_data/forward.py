@@ -10,6 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What configs call the most tokens that a model takes at once.
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+def context_length(model: Any) -> int | None:
+    """The most tokens that a model takes at once; None where its config sets no bound."""
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    for name in _CONTEXT_NAMES:
+        length = getattr(text, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
 
 class Forward:
     """Runs a model on token ids, given the arguments that it takes.

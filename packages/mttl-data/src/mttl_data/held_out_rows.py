@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -23,19 +23,28 @@ class HeldOut:
         metric: The name in ``METRICS``.
         rows: What is asked.
         shots: Solved examples put before each question; none are test rows.
+        max_input_length: Most tokens of a prompt without its examples.
+        max_output_length: Most tokens of an answer.
     """
 
     task: str
     metric: str
     rows: tuple[Row, ...]
     shots: tuple[Row, ...] = ()
+    max_input_length: int | None = None
+    max_output_length: int | None = None
 
     def recipe(self) -> dict[str, Any]:
         """What identifies a score on these rows apart from the model, as plain data."""
+        limits = {
+            "max_input_length": self.max_input_length,
+            "max_output_length": self.max_output_length,
+        }
         return {
             "rows": _digest(self.rows),
             "shots": _digest(self.shots),
             "instruction": ANSWER_ONLY,
+            **{name: most for name, most in limits.items() if most is not None},
         }
 
     def score(
@@ -48,6 +57,8 @@ class HeldOut:
             self.rows,
             self.metric,
             self.shots,
+            max_input_length=self.max_input_length,
+            max_output_length=self.max_output_length,
             batch_size=batch_size,
             progress=progress,
         )
@@ -61,8 +72,12 @@ def held_out(
     limit: int | None = None,
     metric: str | None = None,
     split: str = "test",
+    task_source: Collection[str] = (),
+    template_type: Collection[str] = (),
+    max_input_length: int | None = None,
+    max_output_length: int | None = None,
 ) -> HeldOut:
-    """The test rows of a task in a library.
+    """The test rows of a task in a library, chosen and cut as the rows that were trained on.
 
     Args:
         library: Where the task is.
@@ -71,18 +86,24 @@ def held_out(
         limit: Most rows; all if left out.
         metric: The task's own if left out.
         split: Which rows to ask.
+        task_source: Rows from these collections alone; any if empty.
+        template_type: Rows of these template types alone; any if empty.
+        max_input_length: Most tokens of a prompt without its examples.
+        max_output_length: Most tokens of an answer.
 
     Raises:
-        EmptyTaskError: The task has no rows there.
+        EmptyTaskError: The task has no such rows there.
     """
-    rows = library.rows(task, split)[:limit]
+    rows = library.rows(task, split, task_source, template_type)[:limit]
     asked = {row.source for row in rows}
-    train = library.rows(task, "train") if n_shots else []
+    train = library.rows(task, "train", task_source, template_type) if n_shots else []
     return HeldOut(
         task=task,
         metric=metric or library.info(task).metric,
         rows=tuple(rows),
         shots=tuple([row for row in train if row.source not in asked][:n_shots]),
+        max_input_length=max_input_length,
+        max_output_length=max_output_length,
     )
 
 

@@ -7,5 +7,16 @@ package imports it.
 from mttl_experts.jobs.command import JobCommand, known_errors
 from mttl_experts.jobs.progress import bar, console
 from mttl_experts.jobs.record import write_json
+from mttl_experts.jobs.scoring import TWO_SHOT, Scoring, mean, percent
 
-__all__ = ["JobCommand", "bar", "console", "known_errors", "write_json"]
+__all__ = [
+    "TWO_SHOT",
+    "JobCommand",
+    "Scoring",
+    "bar",
+    "console",
+    "known_errors",
+    "mean",
+    "percent",
+    "write_json",
+]
