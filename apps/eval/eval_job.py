@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -33,7 +32,7 @@ from mttl_experts import (
     ExpertLibrary,
     check_compatible,
 )
-from mttl_experts.jobs import TWO_SHOT, Scoring, bar, console, mean, percent, write_json
+from mttl_experts.jobs import TWO_SHOT, Scoring, bar, console, mean, percent, say, write_json
 from mttl_routing import RoutedModel, apply_expert, merge
 
 COLUMNS = ("base", "base_two_shot", "expert", "model")
@@ -69,7 +68,7 @@ def run(options: EvalOptions) -> None:
         },
     )
     write_json(options.output / "options.json", asdict(options) | {"output": str(options.output)})
-    console().print(f"results in {path}")
+    say(f"results in {path}")
 
 
 class Evaluation:
@@ -241,21 +240,15 @@ class Evaluation:
                 dtype=options.precision,
                 progress=lambda what, done, total: shown.update(done, total, what),
             )
-        told = set()
         for expert in self.experts:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                check_compatible(
-                    expert.expert_info,
-                    base_id=base.model_id,
-                    fingerprint=base.fingerprint,
-                    tokenizer_digest=base.tokenizer_digest,
-                    template_digest=base.template_digest,
-                    strict=options.strict,
-                )
-            told |= {str(warning.message) for warning in caught}
-        for warning in sorted(told):
-            console().print(f"warning: {warning}")
+            check_compatible(
+                expert.expert_info,
+                base_id=base.model_id,
+                fingerprint=base.fingerprint,
+                tokenizer_digest=base.tokenizer_digest,
+                template_digest=base.template_digest,
+                strict=options.strict,
+            )
         return base
 
 

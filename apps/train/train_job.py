@@ -43,7 +43,7 @@ from mttl_experts import (
     ExpertInfo,
     ExpertLibrary,
 )
-from mttl_experts.jobs import TWO_SHOT, Scoring, bar, console, mean, percent, write_json
+from mttl_experts.jobs import TWO_SHOT, Scoring, bar, console, mean, percent, say, write_json
 from mttl_routing import apply_expert
 
 
@@ -61,9 +61,7 @@ def run(options: TrainOptions) -> None:
         _held_out(options, data, task)  # rows to score on are missed before hours of training
     scoring = Scoring(library, base, options.predict_batch_size, no_score=(PromptError,))
     waiting = [plan for plan in wanted if not is_there(plan, library, options.replace)]
-    console().print(
-        f"{len(wanted)} experts wanted, {len(wanted) - len(waiting)} there already: {library.uri}"
-    )
+    say(f"{len(wanted)} experts wanted, {len(wanted) - len(waiting)} there already: {library.uri}")
     rows = []
     for plan in wanted:
         if plan in waiting:
@@ -85,7 +83,7 @@ def run(options: TrainOptions) -> None:
         results["benchmarks"] = _benchmarks(benchmarks, options, wanted, library, base)
     results |= {"generation": library.generation, "seconds": round(time.monotonic() - start, 1)}
     write_json(options.output / "results.json", results)
-    console().print(f"{results['seconds']:.0f} s; results in {options.output / 'results.json'}")
+    say(f"{results['seconds']:.0f} s; results in {options.output / 'results.json'}")
 
 
 def _open_library(options: TrainOptions) -> ExpertLibrary:
@@ -117,7 +115,7 @@ def _load(options: TrainOptions) -> BaseModel:
             progress=lambda what, done, total: shown.update(done, total, what),
         )
     dtype = str(base.model.dtype).removeprefix("torch.")
-    console().print(f"base {base.model_id}, {dtype}, on {base.model.device}")
+    say(f"base {base.model_id}, {dtype}, on {base.model.device}")
     return base
 
 
@@ -163,7 +161,7 @@ def _trained(plan: Plan, options: TrainOptions, base: BaseModel) -> TrainedAdapt
         examples = writer.examples(rows)
         cut = truncation(examples)
         if cut.rows:
-            console().print(f"{plan.name}: of {len(examples)}, {cut}")
+            say(f"{plan.name}: of {len(examples)}, {cut}")
         return Batches(
             examples, options.batch_size, pad_id=base.tokenizer.pad_token_id, seed=options.seed
         )
@@ -180,7 +178,7 @@ def _trained(plan: Plan, options: TrainOptions, base: BaseModel) -> TrainedAdapt
             progress=lambda _, done, total: shown.update(done, total),
         )
     if trained.resumed_from:
-        console().print(f"{plan.name}: went on from step {trained.resumed_from}")
+        say(f"{plan.name}: went on from step {trained.resumed_from}")
     return trained
 
 

@@ -14,7 +14,7 @@ from train_options import DEFAULT_STEPS, DEFAULT_TASKS, TrainOptions
 from mttl_adapters import BaseModel, TrainingConfig, lora_config
 from mttl_data import ANSWER_ONLY, EVALUATION_OVERLAP, DatasetLibrary, EmptyTaskError, Row
 from mttl_experts import ExpertLibrary, check_expert_name, recipe_digest
-from mttl_experts.jobs import console
+from mttl_experts.jobs import say
 
 
 class TakenNameError(click.ClickException):
@@ -87,7 +87,7 @@ def _tasks(options: TrainOptions, data: DatasetLibrary) -> list[tuple[str, ...]]
     if options.leave_out_evaluation_tasks:
         left_out = sorted(EVALUATION_OVERLAP.intersection(names))
         if left_out:
-            console().print(f"left out, since benchmarks test on them: {', '.join(left_out)}")
+            say(f"left out, since benchmarks test on them: {', '.join(left_out)}")
         names = [name for name in names if name not in EVALUATION_OVERLAP]
     if not names:
         raise EmptyTaskError(f"{data.uri} has no task left to train on; name one with --task")

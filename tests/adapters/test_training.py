@@ -1,4 +1,5 @@
 import copy
+import errno
 from dataclasses import replace
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
 from mttl_adapters.checkpoint import load_checkpoint, save_checkpoint
+from mttl_adapters.errors import CheckpointWarning, DivergedError
 from mttl_adapters.kinds import lora_config
 from mttl_adapters.training import TrainingConfig, mean_loss, train_adapter
 
@@ -108,6 +110,32 @@ def test_the_weights_of_best_validation_loss_are_kept(model, batches):
     set_peft_model_state_dict(adapted, best.weights)
     loss = mean_loss(adapted.get_base_model(), held)
     assert loss == pytest.approx(best.validation_loss, rel=1e-5)
+
+
+def test_a_training_that_diverges_is_named_so(model, batches):
+    with pytest.raises(
+        DivergedError, match=r"loss is nan after \d+ of 20 steps.*lower the learning"
+    ):
+        train(model, batches(20), TrainingConfig(learning_rate=1e30, max_grad_norm=0.0))
+
+
+def test_a_last_step_that_diverges_is_found_too(model, batches):
+    config = TrainingConfig(learning_rate=1e30, warmup_proportion=0.0)
+    with pytest.raises(DivergedError, match="validation loss is nan after 1 of 1"):
+        train(model, batches(1), config, validation=batches(1, seed=1))
+
+
+def test_a_disk_that_fills_up_ends_no_training(model, batches, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    whole = train(model, batches(4))
+    monkeypatch.setattr("mttl_adapters.training.save_checkpoint", full)
+    with pytest.warns(CheckpointWarning, match="No space left on device.*training goes on"):
+        trained = train(
+            model, batches(4), checkpoint=tmp_path / "c.safetensors", checkpoint_seconds=-1.0
+        )
+    assert_same(trained.weights, whole.weights)
 
 
 def test_nothing_to_train_on_is_an_error(model):

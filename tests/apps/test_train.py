@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -204,6 +205,24 @@ def test_a_library_that_cannot_be_written_is_one_clear_line(train, tmp_path):
     outcome = train("--task", "copy_last", "--library", "local://file")
     assert outcome.exit_code == 1
     assert "file is in the way" in last_line(outcome)
+
+
+def test_a_training_that_diverges_is_one_clear_line(train):
+    outcome = train("--task", "copy_last", "--learning-rate", "1e30")
+    assert isinstance(outcome.exception, SystemExit), outcome.exception
+    assert "diverged" in last_line(outcome)
+    assert ExpertLibrary("local://mttldata/library").keys() == []
+
+
+def test_a_full_disk_loses_checkpoints_and_not_the_training(train, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mttl_adapters.training.save_checkpoint", full)
+    outcome = train("--task", "copy_last", "--checkpoint-seconds", "0")
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.output.count("warning: cannot write the checkpoint") == 1
+    assert ExpertLibrary("local://mttldata/library").keys() == ["copy_last"]
 
 
 def test_an_output_that_cannot_be_written_is_one_clear_line(train):

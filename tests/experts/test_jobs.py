@@ -1,9 +1,16 @@
 """What jobs need around them: options by key, one line for what users cause."""
 
+import warnings
+
 import click
 import pytest
 
-from mttl_experts import ExpertError, ExpertNotFoundError, IncompatibleExpertError
+from mttl_experts import (
+    ExpertError,
+    ExpertNotFoundError,
+    IncompatibleExpertError,
+    IncompatibleExpertWarning,
+)
 from mttl_experts.jobs import known_errors
 from mttl_storage import Conflict
 
@@ -42,3 +49,13 @@ def test_every_error_of_the_package_derives_from_one():
         if isinstance(value, type) and value.__module__ == "mttl_experts.errors"
     }
     assert all(issubclass(kind, (ExpertError, Warning)) for kind in found)
+
+
+def test_a_warning_of_ours_is_one_line_and_others_go_where_they_went(capsys):
+    message = "expert 'e'\nwas made with other weights"
+    elsewhere = pytest.warns(UserWarning, match="of another library")
+    with elsewhere, known_errors():
+        for _ in range(2):
+            warnings.warn(message, IncompatibleExpertWarning, stacklevel=1)
+        warnings.warn("of another library", UserWarning, stacklevel=1)
+    assert capsys.readouterr().out == "warning: expert 'e' was made with other weights\n"

@@ -3,7 +3,13 @@
 from mttl_adapters.bank import Bank
 from mttl_adapters.base_models import BaseModel, fingerprint, load_base_model
 from mttl_adapters.embedded import EMBEDDED_ID
-from mttl_adapters.errors import AdapterError, BaseModelError, EmbeddedModelError
+from mttl_adapters.errors import (
+    AdapterError,
+    BaseModelError,
+    CheckpointWarning,
+    DivergedError,
+    EmbeddedModelError,
+)
 from mttl_adapters.kinds import linear_layers, lora_config
 from mttl_adapters.losses import labelled_loss, linear_cross_entropy
 from mttl_adapters.training import TrainedAdapter, TrainingConfig, mean_loss, train_adapter
@@ -14,6 +20,8 @@ __all__ = [
     "Bank",
     "BaseModel",
     "BaseModelError",
+    "CheckpointWarning",
+    "DivergedError",
     "EmbeddedModelError",
     "TrainedAdapter",
     "TrainingConfig",

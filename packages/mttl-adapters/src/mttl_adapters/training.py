@@ -6,6 +6,7 @@ result is any good, is for others to say.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mttl_adapters.checkpoint import load_checkpoint, save_checkpoint
 from mttl_adapters.embedded import Progress
+from mttl_adapters.errors import CheckpointWarning, DivergedError
 from mttl_adapters.losses import IGNORED, labelled_loss
 
 Batch = Mapping[str, Tensor]
@@ -116,6 +118,7 @@ def train_adapter(
 
     Raises:
         ValueError: there is nothing to train on, or the adapter attaches to no layer.
+        DivergedError: a loss or a weight became infinite or no number.
     """
     if not batches:
         raise ValueError("there are no batches to train on; the task has no training rows")
@@ -138,7 +141,7 @@ def train_adapter(
                     progress("training", step + 1, len(batches))
                 last = step + 1 == len(batches)
                 if checkpoint and (last or time.monotonic() - saved > checkpoint_seconds):
-                    run.save(checkpoint)
+                    _save_or_warn(run, checkpoint)
                     saved = time.monotonic()
             return run.result()
         finally:
@@ -146,6 +149,19 @@ def train_adapter(
             if hasattr(model, "peft_config"):
                 del model.peft_config
             model.eval()
+
+
+def _save_or_warn(run: _Run, checkpoint: Path) -> None:
+    """A checkpoint is a courtesy: without room for one, training goes on all the same."""
+    try:
+        run.save(checkpoint)
+    except OSError as error:
+        warnings.warn(
+            f"cannot write the checkpoint {str(checkpoint)!r} ({error.strerror or error}); "
+            "training goes on, and if interrupted it begins from the last one that was written",
+            CheckpointWarning,
+            stacklevel=3,
+        )
 
 
 class _Run:
@@ -195,6 +211,7 @@ class _Run:
             loss = loss / max(n_labels, 1)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
+        self.check_finite("loss", total)
         if self.config.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)
         self.optimizer.step()
@@ -211,10 +228,19 @@ class _Run:
 
     def validate(self) -> None:
         loss = mean_loss(self.base, self.validation)
+        self.check_finite("validation loss", loss)
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, self.step
             self.best = {n: p.detach().clone() for n, p in self.trained.items()}
         self.peft_model.train()
+
+    def check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"training diverged: the {what} is {value} after {self.step} of {self.n_steps} "
+                f"steps at learning rate {self.config.learning_rate:g}; lower the learning rate, "
+                "or use a number format of wider range"
+            )
 
     def save(self, path: Path) -> None:
         tensors = {f"weight/{n}": p.detach() for n, p in self.trained.items()}
@@ -266,6 +292,8 @@ class _Run:
                 for name, parameter in self.trained.items():
                     parameter.copy_(self.best[name])
         weights = get_peft_model_state_dict(self.peft_model)
+        largest = torch.stack([w.abs().max().float().cpu() for w in weights.values()]).max()
+        self.check_finite("largest weight", largest.item())
         last = self.losses[-max(1, self.n_steps // 10) :]
         return TrainedAdapter(
             weights={n: w.detach().to("cpu", copy=True) for n, w in weights.items()},

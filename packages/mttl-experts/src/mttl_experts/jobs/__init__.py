@@ -5,7 +5,7 @@ package imports it.
 """
 
 from mttl_experts.jobs.command import JobCommand, known_errors
-from mttl_experts.jobs.progress import bar, console
+from mttl_experts.jobs.progress import bar, console, say
 from mttl_experts.jobs.record import write_json
 from mttl_experts.jobs.scoring import TWO_SHOT, Scoring, mean, percent
 
@@ -18,5 +18,6 @@ __all__ = [
     "known_errors",
     "mean",
     "percent",
+    "say",
     "write_json",
 ]

@@ -11,6 +11,7 @@ import ast
 import difflib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from mttl_experts.jobs.progress import say
 
 INTERRUPTED = 130
 
@@ -148,7 +151,7 @@ def known_errors(*kinds: type[Exception]) -> Iterator[None]:
 
     Each package has one class from which its errors of that sort derive. Those of storage and
     experts are known here, and so is the system's ``OSError``: a full disk, a folder that cannot be
-    written. A bare ``ValueError`` is a bug in every app.
+    written. A bare ``ValueError`` is a bug in every app. The packages' warnings are lines too.
 
     Args:
         kinds: the classes of the other packages in use, such as ``mttl_data.DataError``.
@@ -158,7 +161,8 @@ def known_errors(*kinds: type[Exception]) -> Iterator[None]:
 
     known: tuple[type[Exception], ...] = (ExpertError, StorageError, OSError, *kinds)
     try:
-        yield
+        with _warnings_as_lines():
+            yield
     except KeyboardInterrupt:
         click.echo("\nStopped. Run the same command again to go on from where it was.", err=True)
         raise SystemExit(INTERRUPTED) from None
@@ -166,6 +170,25 @@ def known_errors(*kinds: type[Exception]) -> Iterator[None]:
         # A KeyError shows its message in quotes.
         text = error.args[0] if isinstance(error, LookupError) and error.args else error
         raise click.ClickException(" ".join(str(text).split())) from error
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """What our packages warn of, each text once; other warnings go where they went."""
+    told: set[str] = set()
+    with warnings.catch_warnings():
+        elsewhere = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
+            text = " ".join(str(message).split())
+            if not category.__module__.startswith("mttl_"):
+                elsewhere(message, category, *where, **options)
+            elif text not in told:
+                told.add(text)
+                say(f"warning: {text}")
+
+        warnings.showwarning = show
+        yield
 
 
 def _one_pair_each(args: Sequence[str]) -> Iterator[str]:

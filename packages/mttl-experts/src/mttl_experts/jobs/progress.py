@@ -32,6 +32,11 @@ def console() -> Console:
     return Console(width=_PLAIN_WIDTH, highlight=False)
 
 
+def say(text: object) -> None:
+    """Print one line for people as it is: no markup is read in it, and it is not broken."""
+    console().print(str(text), markup=False, highlight=False, soft_wrap=True)
+
+
 class Bar:
     """How far one piece of work has come."""
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mttl_experts.jobs.progress import bar, console
+from mttl_experts.jobs.progress import bar, say
 
 if TYPE_CHECKING:
     from mttl_experts.expert import Expert
@@ -134,7 +134,7 @@ class Scoring:
 
                 score = questions.score(asked.model, self.base.tokenizer, self.batch_size, advance)
             if score.truncation.rows:
-                console().print(f"{what}: of {score.n}, {score.truncation}")
+                say(f"{what}: of {score.n}, {score.truncation}")
             return score
 
         how = questions.recipe() | {
@@ -153,7 +153,7 @@ class Scoring:
             return self.score(*args, **kwargs)
         except self.no_score as error:
             questions, who = args[:2]
-            console().print(f"{questions.task}: {who} has no score: {error}")
+            say(f"{questions.task}: {who} has no score: {error}")
             return None
 
 
