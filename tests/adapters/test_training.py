@@ -9,7 +9,8 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from mttl_adapters.checkpoint import load_checkpoint, save_checkpoint
 from mttl_adapters.errors import CheckpointWarning, DivergedError
 from mttl_adapters.kinds import lora_config
-from mttl_adapters.training import TrainingConfig, mean_loss, train_adapter
+from mttl_adapters.training import mean_loss, train_adapter
+from mttl_adapters.training_config import TrainingConfig
 
 FAST = TrainingConfig(learning_rate=1e-2)
 

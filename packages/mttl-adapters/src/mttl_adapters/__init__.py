@@ -12,7 +12,8 @@ from mttl_adapters.errors import (
 )
 from mttl_adapters.kinds import linear_layers, lora_config
 from mttl_adapters.losses import labelled_loss, linear_cross_entropy
-from mttl_adapters.training import TrainedAdapter, TrainingConfig, mean_loss, train_adapter
+from mttl_adapters.training import mean_loss, train_adapter
+from mttl_adapters.training_config import TrainedAdapter, TrainingConfig
 
 __all__ = [
     "EMBEDDED_ID",
