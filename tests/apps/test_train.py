@@ -193,6 +193,19 @@ def test_a_library_copied_to_itself_is_one_clear_line(train):
     assert "copied to itself" in last_line(outcome)
 
 
+def test_starter_tasks_of_other_sizes_are_trained_on_and_it_says_so(app, base_folder):
+    sizes = ("--train", "8", "--validation", "2", "--test", "3")
+    assert app("dataset", "starter", "--task", "products", *sizes).exit_code == 0
+    outcome = app(
+        "train",
+        *("--model", base_folder, "--task", "products", "--steps", "1", "--precision", "32"),
+    )
+    assert outcome.exit_code == 0, outcome.output
+    assert "warning: " in outcome.output
+    assert "has products with other sizes" in outcome.output
+    assert results()["experts"][0]["n"] == 3
+
+
 def test_a_model_folder_without_weights_is_one_clear_line(train, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")

@@ -56,6 +56,9 @@ from .errors import (
     EmptyTaskError as EmptyTaskError,
 )
 from .errors import (
+    OtherRowsWarning as OtherRowsWarning,
+)
+from .errors import (
     PromptError as PromptError,
 )
 from .errors import (
@@ -166,6 +169,7 @@ __all__ = [
     "Interval",
     "Likelihood",
     "Metric",
+    "OtherRowsWarning",
     "Prompt",
     "PromptError",
     "PromptWriter",

@@ -34,6 +34,10 @@ class PromptError(DataError, ValueError):
     """A row that a model cannot be asked, such as one that leaves no room for an answer."""
 
 
+class OtherRowsWarning(UserWarning):
+    """A task is there with other rows than those that would be made now; they are used."""
+
+
 def unknown_task(name: str, where: str, names: Iterable[str]) -> UnknownTaskError:
     """The error for a name that is not among ``names``, with the near ones."""
     known = sorted(names)

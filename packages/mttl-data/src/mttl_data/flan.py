@@ -271,7 +271,7 @@ def _task_rows(task: str, rows: Sequence[dict[str, Any]], keep_split: bool) -> l
         if split not in SPLITS:
             raise RowsError(
                 f"a row of task {task!r} has split {split!r}, not one of {', '.join(SPLITS)}; "
-                "leave out keep_split to split by the rule"
+                "rename the splits, or leave the column out to have rows split by the rule"
             )
         made.append(
             Row(

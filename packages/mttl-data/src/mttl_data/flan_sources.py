@@ -53,16 +53,24 @@ def open_source(path: str | PathLike[str] | None) -> Source:
                 "pass --source PATH with a parquet or jsonl copy of it",
             )
         )
+    return _Files(str(path), row_files(path))
+
+
+def row_files(path: str | PathLike[str]) -> list[Path]:
+    """The files with rows under a path, in the order in which they are read.
+
+    Raises:
+        DataNotReachableError: there is no such file or folder.
+        RowsError: none of its files has rows.
+    """
     root = Path(path)
     if not root.exists():
         raise DataNotReachableError(f"there is no file or folder {str(path)!r} to take rows from")
-    files = [root]
-    if root.is_dir():
-        files = sorted(file for file in root.rglob("*") if file.suffix in _SUFFIXES)
-    files = [file for file in files if file.suffix in _SUFFIXES]
+    found = [root] if root.is_file() else sorted(root.rglob("*"))
+    files = [file for file in found if file.suffix in _SUFFIXES and file.is_file()]
     if not files:
         raise RowsError(f"{str(path)!r} has no rows: no file ends in {' or '.join(_SUFFIXES)}")
-    return _Files(str(path), files)
+    return files
 
 
 class _Checked:
@@ -97,6 +105,12 @@ class _Files(_Checked):
                 columns.append(set(next(_json_rows(file), {})))
                 self.rows = None
         self.columns = frozenset.intersection(*map(frozenset, columns))
+        for file, has in zip(files, columns, strict=True):
+            if "split" in has and "split" not in self.columns:
+                raise RowsError(
+                    f"{str(file)!r} has a column split and other files of {name!r} have none; "
+                    "give all of them one, or none"
+                )
 
     def batches(self, columns: Sequence[str], size: int) -> Iterator[pa.RecordBatch]:
         import pyarrow.parquet as pq

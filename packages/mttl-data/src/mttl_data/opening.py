@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mttl_data.dataset_library import DatasetLibrary
-from mttl_data.errors import DataNotReachableError
+from mttl_data.errors import DataNotReachableError, OtherRowsWarning
 
 Progress = Callable[[str, int, int | None], object]
 
 STARTER_LIBRARY = "local://mttldata/datasets"
 """Where the starter mixture is kept."""
 
-_ROWS = (".parquet", ".jsonl", ".json")
 _HUB = "hf://"
+_WHOLE = "made/whole"  # an item that says: every task of the source is here
 
 
 def open_dataset(
@@ -25,23 +26,22 @@ def open_dataset(
 
     Args:
         name: ``starter``; the address of a dataset library; a local file or folder of flat rows; or
-            ``hf://chiayewken/flan-v2``, FLAN on the hub. Flat rows become a library once, under
-            ``local://mttldata``, by the rules of :func:`~mttl_data.make_flan`.
+            ``hf://chiayewken/flan-v2``, FLAN on the hub. Flat rows become a library once for each
+            content, under ``local://mttldata``, by the rules of :func:`~mttl_data.make_flan`; their
+            own splits are kept if they have a column of that name.
         tasks: What is wanted of it, so that no more than that need be made; all if left out.
         progress: Told what is being done, how far it is, and how far it goes if that is known.
 
     Raises:
         DataNotReachableError: There is no such folder, or the hub does not answer.
+        RowsError: The rows there cannot be read.
         UnknownTaskError: It has no such task.
     """
-    from mttl_data.flan_sources import HUB_DATASET
-    from mttl_data.starter import make_starter
+    from mttl_data.flan_sources import HUB_DATASET, row_files
     from mttl_storage import NotFound
 
     if name == "starter":
-        library = DatasetLibrary(STARTER_LIBRARY, create=True)
-        make_starter(library, tasks, progress=progress)
-        return library
+        return _starter(tasks, progress)
     if name.startswith(_HUB):
         if name.removeprefix(_HUB) != HUB_DATASET:
             raise DataNotReachableError(
@@ -49,38 +49,65 @@ def open_dataset(
                 "read, and any other as local files: pass their folder"
             )
         return _flat("local://mttldata/flan-flat", None, tasks, progress)
+    is_local = "://" not in name or name.startswith("local://")
     path = Path(name.removeprefix("local://")).expanduser()
-    if "://" not in name or name.startswith("local://"):
-        if not path.exists():
-            raise DataNotReachableError(
-                f"there is no dataset at {name!r}; pass 'starter', the address of a library that "
-                "apps/dataset made, or a folder of parquet or jsonl files"
-            )
-        if _holds_rows(path):
-            digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-            return _flat(f"local://mttldata/{path.stem}-{digest}", path, tasks, progress)
-    try:
-        return DatasetLibrary(name)
-    except NotFound as error:
+    if is_local and not path.exists():
         raise DataNotReachableError(
-            f"{name!r} is no dataset library and has no parquet or jsonl files in it; make one "
-            "with apps/dataset, or pass a folder of such files"
-        ) from error
+            f"there is no dataset at {name!r}; pass 'starter', the address of a library that "
+            "apps/dataset made, or a folder of parquet or jsonl files"
+        )
+    if not (is_local and path.is_file()):
+        try:
+            return DatasetLibrary(name)
+        except NotFound:
+            if not is_local:
+                raise
+    digest = _content_digest(row_files(path))
+    return _flat(f"local://mttldata/{path.resolve().stem}-{digest[:12]}", path, tasks, progress)
 
 
-def _holds_rows(path: Path) -> bool:
-    files = [path] if path.is_file() else path.iterdir()
-    return any(file.suffix in _ROWS for file in files)
+def _starter(tasks: Sequence[str] | None, progress: Progress | None) -> DatasetLibrary:
+    """The starter mixture: what is missing is made, what is there is used as it is."""
+    from mttl_data.starter import made_otherwise, make_starter, starter_names
+
+    names = starter_names(tasks)
+    library = DatasetLibrary(STARTER_LIBRARY, create=True)
+    make_starter(library, [name for name in names if name not in library], progress=progress)
+    others = made_otherwise(library, names)
+    if others:
+        warnings.warn(
+            f"{library.uri} has {', '.join(others)} with other sizes, seed or settings than the "
+            "starter mixture's own; they are used as they are (`apps/dataset starter --replace` "
+            "makes them anew)",
+            OtherRowsWarning,
+            stacklevel=3,
+        )
+    return library
+
+
+def _content_digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(path.suffix.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _flat(
-    address: str, source: Path | None, tasks: Sequence[str] | None, progress: Progress | None
+    address: str, path: Path | None, tasks: Sequence[str] | None, progress: Progress | None
 ) -> DatasetLibrary:
-    """The library at ``address`` with the wanted tasks of ``source``, made where missing."""
+    """The library at ``address`` with the wanted tasks of a source, made where missing."""
     from mttl_data.flan import make_flan
+    from mttl_data.flan_sources import open_source
 
     library = DatasetLibrary(address, create=True)
+    if tasks is None and _WHOLE in library.repository:
+        return library
     missing = None if tasks is None else [task for task in tasks if task not in library]
     if missing != []:
-        make_flan(library, source, missing, progress=progress)
+        source = open_source(path)
+        keep_split = "split" in source.columns
+        make_flan(library, source, missing, keep_split=keep_split, progress=progress)
+    if tasks is None:
+        library.repository.add(_WHOLE, {})
     return library

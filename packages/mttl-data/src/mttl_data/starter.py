@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mttl_data.dataset_library import DatasetLibrary, TaskInfo
 
 TASK_SOURCE = "reasoning-gym"
+STARTER_SEED = 42
 STARTER_METRIC = "reasoning_gym"
 STARTER_SIZES: Mapping[str, int] = MappingProxyType({"train": 400, "validation": 32, "test": 100})
 # Drawn in this order, so that what is tested on stays the same when more is trained on.
@@ -92,7 +93,7 @@ def make_starter(
     tasks: Sequence[str] | None = None,
     *,
     sizes: Mapping[str, int] = STARTER_SIZES,
-    seed: int = 42,
+    seed: int = STARTER_SEED,
     replace: bool = False,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> list[TaskInfo]:
@@ -128,6 +129,17 @@ def make_starter(
     return made
 
 
+def made_otherwise(library: DatasetLibrary, tasks: Sequence[str]) -> list[str]:
+    """Those of the tasks that a library has with other sizes, seed or settings than by default."""
+    parts = ("options", "unique_answers", "sizes", "seed")
+    return [
+        task
+        for task in tasks
+        for now in [_recipe(task, STARTER_SIZES, STARTER_SEED)]
+        if any(library.info(task).recipe.get(part) != now[part] for part in parts)
+    ]
+
+
 def starter_names(tasks: Sequence[str] | None = None) -> list[str]:
     """The tasks asked for, each once, or all; ``UnknownTaskError`` names near ones."""
     names = sorted(STARTER_TASKS) if tasks is None else list(dict.fromkeys(tasks))
@@ -137,7 +149,9 @@ def starter_names(tasks: Sequence[str] | None = None) -> list[str]:
     return names
 
 
-def starter_rows(task: str, sizes: Mapping[str, int] = STARTER_SIZES, seed: int = 42) -> list[Row]:
+def starter_rows(
+    task: str, sizes: Mapping[str, int] = STARTER_SIZES, seed: int = STARTER_SEED
+) -> list[Row]:
     """Rows of one task, in the order train, validation, test; the same for the same arguments.
 
     No source occurs twice, in one split or in two. The test rows depend on nothing but the task,
