@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +14,6 @@ from eval_options import EvalOptions
 from rich.table import Table
 
 from mttl_adapters import (
-    EMBEDDED_ID,
     BaseModel,
     load_base_model,
 )
@@ -33,7 +33,7 @@ from mttl_experts import (
     check_compatible,
 )
 from mttl_experts.jobs import TWO_SHOT, Scoring, bar, console, mean, percent, say, write_json
-from mttl_routing import RoutedModel, apply_expert, merge
+from mttl_routing import RoutedModel, apply_expert, check_one_base, merge
 
 COLUMNS = ("base", "base_two_shot", "expert", "model")
 
@@ -227,16 +227,12 @@ class Evaluation:
 
     def _load(self) -> BaseModel:
         options = self.options
-        bases = sorted({e.expert_info.expert_model for e in self.experts} - {None})
-        if len(bases) > 1:
-            raise click.UsageError(
-                f"{self.library.uri} has experts for {', '.join(map(str, bases))}; "
-                "pick those of one base with --selection"
-            )
-        name = options.model or (bases[0] if bases else "embedded")
+        check_one_base(self.experts)
+        names = sorted({e.expert_info.expert_model or "embedded" for e in self.experts})
+        here = [name for name in names if Path(name).is_dir()]  # one base, under several names
         with bar("base model") as shown:
             base = load_base_model(
-                "embedded" if name == EMBEDDED_ID else name,
+                options.model or (here or names)[0],
                 dtype=options.precision,
                 progress=lambda what, done, total: shown.update(done, total, what),
             )

@@ -26,6 +26,21 @@ def test_a_folder_is_loaded_frozen_with_its_tokenizer(folder, model):
         assert torch.equal(base.model.get_parameter(name), parameter)
 
 
+@pytest.mark.parametrize("typed", ["base", "./base", "~/base", "{folder}/../base", "link"])
+def test_a_folder_has_one_id_however_it_is_typed(folder, monkeypatch, typed):
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    (folder.parent / "link").symlink_to(folder)
+    base = load_base_model(typed.format(folder=folder))
+    assert base.model_id == str(folder.resolve())
+
+
+def test_the_hub_id_of_the_embedded_model_means_it(folder, monkeypatch):
+    monkeypatch.setattr(base_models, "embedded_folder", lambda *_: folder)
+    for name in ("embedded", embedded.EMBEDDED_ID):
+        assert load_base_model(name).model_id == embedded.EMBEDDED_ID
+
+
 def test_the_fingerprint_does_not_depend_on_the_number_format(folder):
     one = load_base_model(str(folder), dtype="float32")
     other = load_base_model(str(folder), dtype="bfloat16")

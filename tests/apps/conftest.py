@@ -19,6 +19,12 @@ def base_folder(tmp_path_factory):
     return build_base(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def make_base():
+    """Makes a base of other weights in a folder: ``make_base(path, seed=1)``."""
+    return build_base
+
+
 def build_base(path, seed=0):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,16 +105,27 @@ def test_the_older_form_of_the_command_works(library, evaluate, monkeypatch):
     assert results("an_expert_eval")["method"] == "uniform"
 
 
-def test_an_expert_for_another_base_is_refused(library, evaluate, tmp_path, base_folder):
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in base_folder.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
+def test_an_expert_for_another_base_is_refused(library, evaluate, tmp_path, base_folder, make_base):
+    other = make_base(tmp_path / "other", seed=1)
     outcome = evaluate("--merge", "uniform", "--model", other)
     assert outcome.exit_code == 1
     last = outcome.output.strip().splitlines()[-1]
     assert str(base_folder) in last
     assert str(other) in last
+
+
+def test_the_same_base_in_another_folder_is_the_same_base(
+    library, evaluate, train, tmp_path, base_folder, monkeypatch
+):
+    shutil.copytree(base_folder, tmp_path / "copy")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert evaluate("--merge", "uniform", "--model", "~/copy").exit_code == 0
+    # An expert trained on the copy is of the same base too.
+    assert train("--task", "copy_last", "--expert-name", "x", model="~/copy").exit_code == 0
+    assert library.refresh().infos()["x"].expert_model == str(tmp_path / "copy")
+    outcome = evaluate("--merge", "uniform")
+    assert outcome.exit_code == 0, outcome.output
+    assert set(results()["experts"]) == {"copy_first", "copy_last", "x"}
 
 
 @pytest.mark.parametrize(

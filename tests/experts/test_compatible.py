@@ -22,6 +22,15 @@ def test_another_base_is_refused_and_both_are_named():
         check_compatible(info, base_id="gpt2")
 
 
+def test_the_same_weights_under_another_name_are_the_same_base():
+    info = ExpertInfo("e1", expert_model="/a/phi", model_fingerprint="aaa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_compatible(info, base_id="/b/phi", fingerprint="aaa", strict=True)
+    with pytest.raises(IncompatibleExpertError, match="'/b/phi'"):
+        check_compatible(info, base_id="/b/phi", fingerprint="bbb")
+
+
 @pytest.mark.parametrize("what", ["fingerprint", "tokenizer_digest", "template_digest"])
 def test_the_same_base_with_another_fingerprint_is_a_warning_and_strictly_an_error(what):
     field = "model_fingerprint" if what == "fingerprint" else what

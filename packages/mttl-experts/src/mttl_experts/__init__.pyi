@@ -10,6 +10,9 @@ from .compatible import (
 from .compatible import (
     check_targets as check_targets,
 )
+from .compatible import (
+    is_other_base as is_other_base,
+)
 from .errors import (
     ExpertError as ExpertError,
 )
@@ -96,6 +99,7 @@ __all__ = [
     "check_expert_name",
     "check_targets",
     "inner_product",
+    "is_other_base",
     "lora_modules",
     "recipe_digest",
     "spectral_form",

@@ -25,7 +25,8 @@ def check_compatible(
 
     Args:
         info: the expert's facts.
-        base_id: the base's id. An expert that names another is refused.
+        base_id: the base's id. An expert that names another is refused, unless the weights are the
+            same: then it is one base under two names.
         fingerprint: digest of the base's weights. Another one, as after quantisation, is a warning.
         tokenizer_digest: likewise, of its tokenizer.
         template_digest: likewise, of its chat template.
@@ -36,7 +37,7 @@ def check_compatible(
         IncompatibleExpertError: naming both sides.
     """
     name = info.expert_name
-    if base_id is not None and info.expert_model is not None and base_id != info.expert_model:
+    if is_other_base(info, base_id, fingerprint):
         raise IncompatibleExpertError(
             f"expert {name!r} was made for base model {info.expert_model!r}, not for {base_id!r}; "
             f"load that base, or choose experts with model_name={base_id!r}"
@@ -56,6 +57,19 @@ def check_compatible(
             raise IncompatibleExpertError(message)
         warnings.warn(message, IncompatibleExpertWarning, stacklevel=2)
     check_targets(info, modules)
+
+
+def is_other_base(info: ExpertInfo, base_id: str | None, fingerprint: str | None) -> bool:
+    """Whether an expert was made for another base: of another name, and of other weights.
+
+    Args:
+        info: the expert's facts.
+        base_id: the base's id, if it is known.
+        fingerprint: digest of its weights, if it is known.
+    """
+    if base_id is None or info.expert_model is None or base_id == info.expert_model:
+        return False
+    return fingerprint is None or fingerprint != info.model_fingerprint
 
 
 def check_targets(info: ExpertInfo, modules: Collection[str] | None = None) -> None:

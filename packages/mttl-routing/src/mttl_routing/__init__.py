@@ -1,5 +1,6 @@
 """Mixtures of experts: merging and routing."""
 
+from mttl_routing.cohort import check_one_base
 from mttl_routing.merge import merge
 from mttl_routing.merges import MERGES, LowRank, Merge, MergeRule, Update
 from mttl_routing.routed_model import RoutedModel, apply_expert
@@ -20,5 +21,6 @@ __all__ = [
     "Uniform",
     "Update",
     "apply_expert",
+    "check_one_base",
     "merge",
 ]

@@ -10,6 +10,7 @@ from mttl_experts import (
     IncompatibleExpertError,
     LoraFactors,
     check_compatible,
+    is_other_base,
     lora_modules,
 )
 
@@ -46,7 +47,7 @@ def check_one_base(experts: Sequence[Expert]) -> None:
     known = first.expert_info
     for expert in experts:
         info = expert.expert_info
-        if info.expert_model is not None and info.expert_model != known.expert_model:
+        if is_other_base(info, known.expert_model, known.model_fingerprint):
             raise IncompatibleExpertError(
                 f"experts {first.name!r} and {expert.name!r} were made for different base models, "
                 f"{known.expert_model!r} and {info.expert_model!r}; take experts of one base"

@@ -115,6 +115,8 @@ _INHERITED = (
 
 def _common(infos: Sequence[ExpertInfo], field: str) -> Any:
     values = {getattr(info, field) for info in infos} - {None}
+    if field == "expert_model" and values:
+        return min(values)  # several are names of one base, as check_one_base found
     return values.pop() if len(values) == 1 else None
 
 
