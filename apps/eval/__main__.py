@@ -34,9 +34,11 @@ ALIASES = {
 @click.option("--merge", help="Evaluate the experts merged into one: uniform or ties.")
 @click.option("--route", help="Evaluate them routed: arrow, oracle or uniform.")
 @click.option("--merge-or-route", help="One option for both, by the older names.")
-@click.option("--top-k", default=4, type=click.IntRange(min=1), help="Experts a token goes to.")
 @click.option(
-    "--temperature", default=1.0, type=click.FloatRange(0, min_open=True), help="Arrow's."
+    "--top-k", type=click.IntRange(min=1), help="Experts that arrow sends a token to. [default: 4]"
+)
+@click.option(
+    "--temperature", type=click.FloatRange(0, min_open=True), help="Arrow's. [default: 1]"
 )
 @click.option("--rank", type=click.IntRange(min=1), help="Cut the merged expert to this rank.")
 @click.option(

@@ -51,7 +51,7 @@ def run(options: EvalOptions) -> None:
         rows += [evaluation.task(task) for task in library.tasks]
     if options.harness:
         rows += evaluation.benchmarks(options.harness)
-    means = {column: mean(row[column] for row in rows) for column in COLUMNS}
+    means = {column: mean(row[column] for row in rows if row["in_mean"]) for column in COLUMNS}
     console().print(_table(evaluation.title, rows, means))
     path = options.output / "results.json"
     write_json(
@@ -116,6 +116,7 @@ class Evaluation:
             "expert": own.value,
             "model": model.value,
             "ci95": model.ci95,
+            "in_mean": True,
         }
 
     def benchmarks(self, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -139,6 +140,8 @@ class Evaluation:
                             "expert": None,
                             "model": value,
                             "ci95": getattr(model[name], f"{metric}_ci95"),
+                            "in_mean": metric == model[name].metric,
+                            "cut": model[name].cut,
                         }
                     )
         return rows
@@ -258,7 +261,7 @@ def _table(title: str, rows: Sequence[dict[str, Any]], means: dict[str, float | 
         ends = "-".join(f"{100 * end:.0f}" for end in row["ci95"] or ())
         table.add_row(
             row["task"],
-            row["metric"],
+            row["metric"] + ("" if row["in_mean"] else ", not in mean"),
             *(percent(row[column]) for column in COLUMNS),
             ends,
             str(row["n"]),

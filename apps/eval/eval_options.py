@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mttl_data import METRICS, UnknownTaskError, benchmark_name
+from mttl_experts.jobs import say
 from mttl_routing import MERGES, ROUTERS
 
 # Older names for both ways, and what they are here; (merge, route).
@@ -21,6 +22,8 @@ OLDER = {
     "oracle": (None, "oracle"),
 }
 IN_DISTRIBUTION = "in_distribution"
+# Settings that arrow alone has, and what they are by default.
+ROUTED = {"top_k": 4, "temperature": 1.0}
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ def check(**options: Any) -> EvalOptions:
         raise click.UsageError("--merge and --route are two ways to one model; give one")
     _known(options["merge"], "--merge", MERGES)
     _known(options["route"], "--route", ROUTERS)
+    for name, default in ROUTED.items():
+        if options[name] is not None and options["route"] != "arrow":
+            way = options["merge"] or options["route"] or "the base"
+            say(f"--{name.replace('_', '-')} is for --route arrow; {way} does without it")
+        options[name] = default if options[name] is None else options[name]
     if options["merge"] == "weighted":
         raise click.UsageError("--merge weighted takes weights, which only mttl_routing.merge has")
     if options["density"] is not None and options["merge"] != "ties":

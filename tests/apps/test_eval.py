@@ -37,7 +37,7 @@ def test_the_table_and_the_file_have_every_task_and_the_mean(library, evaluate):
     assert [row["task"] for row in found["tasks"]] == ["copy_first", "copy_last"]
     for row in found["tasks"]:
         assert row.keys() == {
-            "task", "metric", "n", "base", "base_two_shot", "expert", "model", "ci95"
+            "task", "metric", "n", "base", "base_two_shot", "expert", "model", "ci95", "in_mean"
         }  # fmt: skip
         low, high = row["ci95"]
         assert low <= row["model"] <= high
@@ -71,6 +71,24 @@ def test_each_way_to_one_model_gives_scores(library, evaluate, args):
     outcome = evaluate(*args, "--test-rows", "4")
     assert outcome.exit_code == 0, outcome.output
     assert all(0 <= row["model"] <= 1 for row in results()["tasks"])
+
+
+@pytest.mark.parametrize(
+    ("way", "says"),
+    [
+        (("--merge", "uniform", "--top-k", "2"), "--top-k is for --route arrow; uniform does"),
+        (
+            ("--route", "oracle", "-k", "router_temp=2"),
+            "--temperature is for --route arrow; oracle",
+        ),
+        (("--top-k", "2"), "the base does without it"),
+    ],
+)
+def test_a_setting_that_nothing_uses_is_said_to_be_so(library, evaluate, way, says):
+    outcome = evaluate(*way, "--test-rows", "2")
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.output.count(says) == 1
+    assert " is for --route" not in evaluate("--route", "arrow", "--top-k", "2").output
 
 
 def test_uniform_merging_is_uniform_routing(library, evaluate):

@@ -68,6 +68,11 @@ def test_the_lines_of_the_older_readme_run_on_local_data(app, data, gpt_neo):
         ("arc-easy", "acc_norm"),
     }
     assert all(row["n"] == 6 for row in rows)
+    acc, norm = sorted(rows, key=lambda row: row["metric"])
+    assert (acc["in_mean"], norm["in_mean"]) == (False, True)
+    found = json.loads(Path("an_expert_eval/results.json").read_text())
+    assert found["mean"]["model"] == norm["model"]
+    assert "acc, not in mean" in evaluated.output
 
 
 def test_data_that_are_not_there_are_one_clear_line(app, data, gpt_neo, tmp_path):

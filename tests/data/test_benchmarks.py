@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mttl_data.benchmarks import BENCHMARKS, evaluate_benchmarks
-from mttl_data.errors import DataNotReachableError, UnknownTaskError
+from mttl_data.errors import DataNotReachableError, TruncationWarning, UnknownTaskError
 
 LABELS = ["A", "B", "C", "D"]
 
@@ -117,10 +117,17 @@ def test_the_folder_of_the_dataset_itself_will_do(model, tokenizer, data_dir):
         assert scores["arc-easy"].n == 1
 
 
-def test_a_row_longer_than_the_context_is_counted(tiny_llama, tokenizer, data_dir):
+def test_a_row_longer_than_the_context_is_counted_and_told(tiny_llama, tokenizer, data_dir):
     short = tiny_llama(max_position_embeddings=40)
-    scores = evaluate_benchmarks(short, tokenizer, ["arc-easy"], data_dir=data_dir)
+    with pytest.warns(TruncationWarning, match=r"arc-easy: of 6 rows, \d were longer than .* 40"):
+        scores = evaluate_benchmarks(short, tokenizer, ["arc-easy"], data_dir=data_dir)
     assert 0 < scores["arc-easy"].cut < 6
+
+
+def test_one_metric_stands_for_a_benchmark(model, tokenizer, data_dir):
+    scores = evaluate_benchmarks(model, tokenizer, ["arc-easy", "boolq"], data_dir=data_dir)
+    assert scores["arc-easy"].metric == "acc_norm"
+    assert scores["boolq"].metric == "acc"
 
 
 def test_training_mode_comes_back(tiny_llama, tokenizer, data_dir):

@@ -68,6 +68,9 @@ from .errors import (
     TaskExistsError as TaskExistsError,
 )
 from .errors import (
+    TruncationWarning as TruncationWarning,
+)
+from .errors import (
     UnknownTaskError as UnknownTaskError,
 )
 from .evaluate import (
@@ -180,6 +183,7 @@ __all__ = [
     "TaskInfo",
     "TaskScore",
     "Truncation",
+    "TruncationWarning",
     "UnknownTaskError",
     "benchmark_name",
     "check_benchmarks",

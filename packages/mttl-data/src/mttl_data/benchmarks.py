@@ -7,6 +7,7 @@ the hub, and the likelihoods from ``likelihood``.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mttl_data.errors import DataNotReachableError, unknown_task
+from mttl_data.errors import DataNotReachableError, TruncationWarning, unknown_task
 from mttl_data.hub import hub_dataset
 from mttl_data.likelihood import likelihoods
 from mttl_data.metrics import mean_interval
@@ -67,6 +68,15 @@ class BenchmarkScore:
     acc_norm: float | None
     acc_norm_ci95: tuple[float, float] | None
     cut: int
+
+    @property
+    def metric(self) -> str:
+        """The one of both that stands for the benchmark: ``acc_norm`` where it is defined.
+
+        So it was in the evaluations that this library of experts is compared with, where the
+        likelihood of a choice is taken per token.
+        """
+        return "acc" if self.acc_norm is None else "acc_norm"
 
 
 _LABELLED = "{{choices.label.index(answerKey.lstrip())}}"
@@ -170,7 +180,16 @@ def evaluate_benchmarks(
             limit=limit,
             bootstrap_iters=0,
         )
-    return {name: _score(results["samples"][name], harness.cut) for name in chosen}
+    scores = {name: _score(results["samples"][name], harness.cut) for name in chosen}
+    for name, score in scores.items():
+        if score.cut:
+            warnings.warn(
+                f"{name}: of {score.n} rows, {score.cut} were longer than the model's "
+                f"{harness.max_length} tokens and lost their beginning",
+                TruncationWarning,
+                stacklevel=2,
+            )
+    return scores
 
 
 def check_benchmarks(names: Sequence[str], data_dir: str | PathLike[str] | None = None) -> None:

@@ -38,6 +38,10 @@ class OtherRowsWarning(UserWarning):
     """A task is there with other rows than those that would be made now; they are used."""
 
 
+class TruncationWarning(UserWarning):
+    """Rows were longer than a model's context and lost their beginning; they were scored so."""
+
+
 def unknown_task(name: str, where: str, names: Iterable[str]) -> UnknownTaskError:
     """The error for a name that is not among ``names``, with the near ones."""
     known = sorted(names)
