@@ -34,9 +34,18 @@ ALIASES = {
 at_least_1 = click.IntRange(min=1)
 
 
+# Keys of apps/eval alone, so that one config file does for both.
+EVAL_KEYS = [
+    "density", "expert_selection", "merge", "merge_or_route", "recompute",
+    "recompute_prototypes", "route", "router_temp", "selection", "strict", "temperature",
+    "top_k", "topk",
+]  # fmt: skip
+
+
 @click.command(
     cls=JobCommand,
     aliases=ALIASES,
+    others=EVAL_KEYS,
     context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
 )
 @click.option(

@@ -88,6 +88,31 @@ def test_keys_of_the_older_command_line_set_the_same_options(app, base_folder, t
     assert results("an_expert")["experts"][0]["expert_name"] == "predictor"
 
 
+def test_one_config_file_does_for_both_apps(app, base_folder, task_folder):
+    config = {
+        **{"lora_rank": 2, "total_steps": 2, "finetune_task_name": ["copy_last", "copy_first"]},
+        **{"model": str(base_folder), "dataset": str(task_folder), "precision": "32"},
+        **{"merge_or_route": "arrow", "router_temp": 0.5, "subsample_test": 3},
+    }
+    Path("both.json").write_text(json.dumps(config))
+    trained = app("train", "-c", "both.json")
+    assert trained.exit_code == 0, trained.output
+    assert "without effect here: merge_or_route, router_temp\n" in trained.output
+    assert ExpertLibrary("local://mttldata/library").keys() == ["copy_first", "copy_last"]
+    evaluated = app("eval", "-c", "both.json")
+    assert evaluated.exit_code == 0, evaluated.output
+    assert "without effect here: lora_rank, total_steps, finetune_task_name\n" in evaluated.output
+    assert results("mttldata/eval")["settings"]["temperature"] == 0.5
+
+
+def test_each_app_knows_the_keys_of_the_other(app):
+    for name in ("train", "eval"):
+        app(name, "--help")
+    train, evaluate = (sys.modules[f"{name}_app"].main for name in ("train", "eval"))
+    assert train.others == evaluate.keys().keys() - train.keys().keys()
+    assert evaluate.others == train.keys().keys() - evaluate.keys().keys()
+
+
 def test_limits_on_rows_hold_for_each_task_of_an_expert(train):
     both = ("--task", "copy_last,copy_first", "--expert-name", "both")
     assert train(*both, "--train-rows", "10", "--validation-rows", "3").exit_code == 0

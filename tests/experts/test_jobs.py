@@ -4,6 +4,7 @@ import warnings
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from mttl_experts import (
     ExpertError,
@@ -11,7 +12,7 @@ from mttl_experts import (
     IncompatibleExpertError,
     IncompatibleExpertWarning,
 )
-from mttl_experts.jobs import known_errors
+from mttl_experts.jobs import JobCommand, known_errors
 from mttl_storage import Conflict
 
 
@@ -59,3 +60,52 @@ def test_a_warning_of_ours_is_one_line_and_others_go_where_they_went(capsys):
             warnings.warn(message, IncompatibleExpertWarning, stacklevel=1)
         warnings.warn("of another library", UserWarning, stacklevel=1)
     assert capsys.readouterr().out == "warning: expert 'e' was made with other weights\n"
+
+
+@pytest.fixture
+def command():
+    @click.command(
+        cls=JobCommand, aliases={"lora_rank": "rank", "tasks": "task"}, others=["top_k", "rank"]
+    )
+    @click.option("--task", multiple=True, help=".")
+    @click.option("--all", "all_tasks", is_flag=True, help=".")
+    @click.option("--benchmarks", help=".")
+    @click.option("--learning-rate", type=float, help=".")
+    @click.option("--rank", type=int, help=".")
+    def main(**options):
+        click.echo(repr(options))
+
+    def run(*args):
+        outcome = CliRunner().invoke(main, args)
+        assert "Traceback" not in outcome.output
+        assert not outcome.exception or isinstance(outcome.exception, SystemExit), outcome.exception
+        return outcome.output
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("pair", "says"),
+    [
+        ("tasks=['a','b']", "'task': ('a', 'b')"),
+        ("task=a,b", "'task': ('a,b',)"),
+        ("benchmarks=['arc-easy','piqa']", "'benchmarks': 'arc-easy,piqa'"),
+        ("benchmarks=('arc-easy',)", "'benchmarks': 'arc-easy'"),
+        ("all=True", "'all_tasks': True"),
+        ("all_tasks=True", "'all_tasks': True"),
+        ("learning_rate=1e-3", "'learning_rate': 0.001"),
+        ("benchmarks={[]:1}", "'benchmarks': '{[]:1}'"),
+        ("benchmarks={'a':1}", "it takes one value, or a list"),
+        ("rank=[1,2]", "'1,2' is not a valid integer"),
+        ("lora_rnk=1", "unknown key 'lora_rnk' in -k; did you mean 'lora_rank'"),
+    ],
+)
+def test_a_pair_sets_what_the_flag_would(command, pair, says):
+    assert says in command("-k", pair)
+
+
+def test_a_key_of_another_app_has_no_effect_and_it_says_so(command, tmp_path):
+    (tmp_path / "a.json").write_text('{"top_k": 2, "rank": 3}')
+    said = command("-c", str(tmp_path / "a.json"))
+    assert "keys of another app, without effect here: top_k\n" in said
+    assert "'rank': 3" in said

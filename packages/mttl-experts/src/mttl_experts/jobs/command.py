@@ -1,8 +1,8 @@
 """A click command whose options can also be given by key: ``-c a.json+b.json -k key=value …``.
 
 Config files are read from left to right, then the pairs of ``-k``; a flag on the command line wins
-over both. An option's key is its name, or an older name for it; a key that nobody knows is an
-error, never ignored.
+over both. An option's key is its name, or an older name for it. A key that this app does not have
+and another does is left to that app, in words; a key that nobody knows is an error.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import difflib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -30,12 +30,20 @@ class JobCommand(click.Command):
 
     Args:
         aliases: older name of a key -> name of the option that it sets.
+        others: keys of the other apps that may share a config file with this one.
     """
 
-    def __init__(self, *args: Any, aliases: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        aliases: Mapping[str, str] | None = None,
+        others: Collection[str] = (),
+        **kwargs: Any,
+    ) -> None:
         """Add the two options to those declared."""
         super().__init__(*args, **kwargs)
         self.aliases = dict(aliases or {})
+        self.others = frozenset(others)
         self.params += [
             click.Option(
                 ["-c", "configs"],
@@ -53,26 +61,37 @@ class JobCommand(click.Command):
             ),
         ]
 
+    def keys(self) -> dict[str, str]:
+        """Name of the option that each key sets: its own name, its flags' and older ones."""
+        options = [p for p in self.params if isinstance(p, click.Option) and p.name not in _OWN]
+        flags = {flag: str(p.name) for p in options for flag in p.opts if flag.startswith("--")}
+        names = {flag.removeprefix("--").replace("-", "_"): name for flag, name in flags.items()}
+        return {str(p.name): str(p.name) for p in options} | names | self.aliases
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the files and pairs into the context's defaults, then the flags as usual."""
         args = list(_one_pair_each(args))
         configs = [value for flag, value in _values(args) if flag == "-c"]
         pairs = [value for flag, value in _values(args) if flag == "-k"]
-        own = {p.name: p.name for p in self.params if p.name and p.name not in _OWN}
-        keys = own | self.aliases
-        defaults: dict[str, Any] = dict(ctx.default_map or {})
+        given: list[tuple[str, str, Any]] = []  # where, key, value
         for file in "+".join(configs).split("+") if configs else []:
             path = find_config(file)
-            for key, value in read_config(path).items():
-                defaults[_known(key, keys, str(path))] = value
+            given += [(str(path), key, value) for key, value in read_config(path).items()]
         for pair in pairs:
             key, equals, text = pair.partition("=")
             if not equals:
                 raise click.UsageError(f"-k takes KEY=VALUE, got {pair!r}")
-            defaults[_known(key, keys, "-k")] = literal(text)
-        multiple = {p.name for p in self.params if isinstance(p, click.Option) and p.multiple}
+            given.append(("-k", key, literal(text)))
+        keys = self.keys()
+        elsewhere = [key for _, key, _ in given if key in self.others and key not in keys]
+        if elsewhere:
+            click.echo(f"keys of another app, without effect here: {', '.join(elsewhere)}")
+        defaults = dict(ctx.default_map or {}) | {
+            _known(key, keys, where): value for where, key, value in given if key not in elsewhere
+        }
+        options = {p.name: p for p in self.params if isinstance(p, click.Option)}
         ctx.default_map = {
-            name: [value] if name in multiple and isinstance(value, str) else value
+            name: _plain_value(options[name], value)
             for name, value in defaults.items()
             if value is not None
         }
@@ -141,7 +160,7 @@ def literal(text: str) -> Any:
             return value
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -216,6 +235,23 @@ def _values(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     for flag, value in pairwise(args):
         if flag in ("-c", "-k"):
             yield flag, value
+
+
+def _plain_value(option: click.Option, value: Any) -> Any:
+    """A value as the flag would bring it: a list is repeated flags, or their comma list.
+
+    Raises:
+        click.UsageError: it holds more than plain values.
+    """
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    for part in values:
+        if not isinstance(part, (str, int, float)):
+            raise click.UsageError(
+                f"{option.opts[0]} is given as {value!r}; it takes one value, or a list of them"
+            )
+    if option.multiple:
+        return values
+    return ",".join(map(str, values)) if isinstance(value, (list, tuple)) else value
 
 
 def _known(key: str, keys: Mapping[str, str], where: str) -> str:
