@@ -74,7 +74,7 @@ def starter(
                 sizes=sizes,
                 seed=seed,
                 replace=replace,
-                progress=lambda task, done, total: shown.update(done, total, f"starter: {task}"),
+                progress=shown.update,
             )
         report(target, infos, json_path)
 
@@ -141,7 +141,7 @@ def flan(
                 include_template_type=include_template_type,
                 keep_split=keep_split,
                 replace=replace,
-                progress=lambda doing, done, total: shown.update(done, total, f"flan: {doing}"),
+                progress=shown.update,
             )
         report(target, infos, json_path)
         overlap = sorted(EVALUATION_OVERLAP & {info.task for info in infos})

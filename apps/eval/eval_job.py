@@ -215,9 +215,7 @@ class Evaluation:
         if name not in self._datasets:
             tasks = None if name == "starter" else self._tasks_of(name)
             with bar(f"tasks of {name}") as shown:
-                self._datasets[name] = open_dataset(
-                    name, tasks, lambda _, done, total: shown.update(done, total)
-                )
+                self._datasets[name] = open_dataset(name, tasks, shown.update)
         return self._datasets[name]
 
     def _tasks_of(self, dataset: str) -> list[str]:
@@ -237,7 +235,7 @@ class Evaluation:
             base = load_base_model(
                 options.model or (here or names)[0],
                 dtype=options.precision,
-                progress=lambda what, done, total: shown.update(done, total, what),
+                progress=shown.update,
             )
         for expert in self.experts:
             check_compatible(

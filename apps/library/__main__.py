@@ -90,7 +90,7 @@ def verify(library: str, as_json: bool) -> None:
     """Read every byte of LIBRARY, and say what is not as it was written."""
     opened = open_library(library)
     with known_errors(), bar("verifying") as shown:
-        problems = opened.verify(lambda done, total, _: shown.update(done, total))
+        problems = opened.verify(lambda done, total, _: shown.update("", done, total))
     if as_json:
         found = [{"where": p.where, "what": p.what} for p in problems]
         click.echo(json.dumps({"library": opened.uri, "problems": found}, indent=1))

@@ -103,7 +103,7 @@ def _open_data(options: TrainOptions) -> DatasetLibrary:
         return open_dataset(
             options.dataset,
             None if whole else tasks,
-            lambda what, done, total: shown.update(done, total, f"tasks: {what}" if what else None),
+            shown.update,
         )
 
 
@@ -112,7 +112,7 @@ def _load(options: TrainOptions) -> BaseModel:
         base = load_base_model(
             options.model,
             dtype=options.precision,
-            progress=lambda what, done, total: shown.update(done, total, what),
+            progress=shown.update,
         )
     dtype = str(base.model.dtype).removeprefix("torch.")
     say(f"base {base.model_id}, {dtype}, on {base.model.device}")
@@ -175,7 +175,7 @@ def _trained(plan: Plan, options: TrainOptions, base: BaseModel) -> TrainedAdapt
             validation=list(batches(plan.validation)) if plan.validation else (),
             checkpoint=plan.checkpoint(options.output),
             checkpoint_seconds=options.checkpoint_seconds,
-            progress=lambda _, done, total: shown.update(done, total),
+            progress=shown.update,
         )
     if trained.resumed_from:
         say(f"{plan.name}: went on from step {trained.resumed_from}")

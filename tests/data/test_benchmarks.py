@@ -99,7 +99,7 @@ def test_several_at_once_with_a_limit_and_progress(model, tokenizer, data_dir):
     )
     assert list(scores) == ["arc-easy", "piqa"]
     assert {score.n for score in scores.values()} == {3}
-    assert told[-1] == (18, 18)
+    assert told[-1] == ("", 18, 18)
 
 
 def test_nothing_is_printed_or_logged(model, tokenizer, data_dir, capfd):

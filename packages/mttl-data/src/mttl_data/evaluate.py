@@ -17,9 +17,9 @@ from mttl_data.batches import ANSWER_ONLY, PromptWriter, Truncation, end_token_i
 from mttl_data.errors import EmptyTaskError
 from mttl_data.forward import Forward, context_length, evaluating
 from mttl_data.metrics import mean_interval, score_answers
+from mttl_data.progress import Progress
 from mttl_data.rows import Row
 
-Progress = Callable[[int], object]
 _SLACK_TOKENS = 4  # room for an answer to be a little longer than the longest target
 _ANSWER_SHARE = 2  # an answer takes at most one in this many of the context's tokens
 _DROP_SHARE = 8  # ended rows leave once they are one in this many
@@ -78,7 +78,7 @@ def evaluate_task(
         batch_size: Rows answered at a time.
         stop_at_newline: End an answer at its first line break.
         share_prefix: See ``generate_answers``.
-        progress: Called with the number of rows that have just been answered.
+        progress: Told how many rows are answered.
     """
     if not rows:
         raise EmptyTaskError("no rows to score a model on")
@@ -144,7 +144,7 @@ def generate_answers(
         prompts: Token ids; none may be empty.
         max_new_tokens: Most tokens of an answer.
         batch_size: Prompts answered at a time.
-        progress: Called with the number of prompts that have just been answered.
+        progress: Told how many prompts are answered.
         stop_at_newline: End an answer at its first line break after some text.
         share_prefix: Run what all prompts begin with only once. A model that decides something at
             prefill from the whole prompt must be asked without.
@@ -192,7 +192,7 @@ def greedy(
         ended: Told the new tokens so far of one prompt; true when no more are wanted.
         batch_size: Prompts run at a time.
         share_prefix: Run what all prompts begin with only once.
-        progress: Called with the number of prompts that have just ended.
+        progress: Told how many prompts have ended.
     """
     if not all(prompts):
         raise ValueError("a prompt needs at least one token")
@@ -208,10 +208,18 @@ def greedy(
         run = Forward(model)
         prefix, cache = _shared_prefix(run, prompts) if share_prefix else (0, None)
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        done = 0
+
+        def told(n: int) -> None:
+            nonlocal done
+            done += n
+            if progress is not None:
+                progress("", done, len(prompts))
+
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
             suffixes = [prompts[index][prefix:] for index in chosen]
-            new = _answer_batch(run, cache, prefix, suffixes, max_new_tokens, ended, progress)
+            new = _answer_batch(run, cache, prefix, suffixes, max_new_tokens, ended, told)
             for index, ids in zip(chosen, new, strict=True):
                 answers[index] = ids
     return answers
@@ -249,7 +257,7 @@ def _answer_batch(
     suffixes: list[Sequence[int]],
     max_new_tokens: int,
     ended: Callable[[list[int]], bool],
-    progress: Progress | None,
+    told: Callable[[int], object],
 ) -> list[list[int]]:
     rows = len(suffixes)
     longest = max(len(suffix) for suffix in suffixes)
@@ -277,8 +285,8 @@ def _answer_batch(
                 answers[index].append(token)
                 if len(answers[index]) == max_new_tokens or ended(answers[index]):
                     open_rows.discard(index)
-        if progress is not None and before > len(open_rows):
-            progress(before - len(open_rows))
+        if before > len(open_rows):
+            told(before - len(open_rows))
         if not open_rows:
             return answers
         positions = positions[:, -1:] + 1

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mttl_data.errors import EmptyTaskError, RowsError, unknown_task
+from mttl_data.progress import Progress
 from mttl_data.rows import SPLITS, Row
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ EVALUATION_OVERLAP = frozenset(
     }
 )
 
-Progress = Callable[[str, int, int | None], object]
 _BATCH_ROWS = 10_000
 _HELD_ROWS = 200_000  # chosen rows kept in memory before they go to disk
 _WANTED = ("source", "target", "task_name", "task_source", "template_type", "split")
@@ -86,7 +86,7 @@ def make_flan(
         keep_split: Take the splits from a column ``split`` of the source, as for a copy that was
             flat before. Without it such a column is not read, and the rule above holds.
         replace: Put these rows in place of others under the same names.
-        progress: Told what is being done, how far it is, and how far it goes if that is known.
+        progress: Told of counting, reading and writing.
 
     Raises:
         DataNotReachableError: No ``source`` was given and the hub cannot be reached.

@@ -10,7 +10,8 @@ from typing import Any
 
 from mttl_data.batches import ANSWER_ONLY
 from mttl_data.dataset_library import DatasetLibrary
-from mttl_data.evaluate import Progress, TaskScore, evaluate_task
+from mttl_data.evaluate import TaskScore, evaluate_task
+from mttl_data.progress import Progress
 from mttl_data.rows import Row
 
 
@@ -50,7 +51,7 @@ class HeldOut:
     def score(
         self, model: Any, tokenizer: Any, batch_size: int = 32, progress: Progress | None = None
     ) -> TaskScore:
-        """Score of ``model`` on the rows; ``progress`` is told how many were just answered."""
+        """Score of ``model`` on the rows; ``progress`` is told how many are answered."""
         return evaluate_task(
             model,
             tokenizer,

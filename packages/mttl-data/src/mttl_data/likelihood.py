@@ -6,7 +6,7 @@ cache serves them all, and only positions that are scored meet the language head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mttl_data.forward import Forward, evaluating
+from mttl_data.progress import Progress
 
 Ids = tuple[int, ...]
 
@@ -37,7 +38,7 @@ def likelihoods(
     *,
     batch_size: int = 16,
     max_length: int | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> list[Likelihood]:
     """The likelihood of each continuation after its context.
 
@@ -46,7 +47,7 @@ def likelihoods(
         requests: (context, continuation) token ids; neither may be empty.
         batch_size: Contexts run at a time.
         max_length: Most tokens given to the model; a longer context loses its first ones.
-        progress: Called with the number of requests that have just been answered.
+        progress: Told how many requests are answered.
     """
     groups: dict[Ids, list[tuple[int, Ids]]] = {}
     for index, (context, continuation) in enumerate(requests):
@@ -72,7 +73,7 @@ def likelihoods(
             for (_, index, _), score in zip(asked, scores, strict=True):
                 found[index] = score
             if progress is not None:
-                progress(len(asked))
+                progress("", len(found), len(requests))
     return [found[index] for index in range(len(requests))]
 
 

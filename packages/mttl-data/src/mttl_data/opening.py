@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mttl_data.dataset_library import DatasetLibrary
 from mttl_data.errors import DataNotReachableError, OtherRowsWarning
-
-Progress = Callable[[str, int, int | None], object]
+from mttl_data.progress import Progress
 
 STARTER_LIBRARY = "local://mttldata/datasets"
 """Where the starter mixture is kept."""
@@ -30,7 +29,7 @@ def open_dataset(
             content, under ``local://mttldata``, by the rules of :func:`~mttl_data.make_flan`; their
             own splits are kept if they have a column of that name.
         tasks: What is wanted of it, so that no more than that need be made; all if left out.
-        progress: Told what is being done, how far it is, and how far it goes if that is known.
+        progress: Told how far the making of it is.
 
     Raises:
         DataNotReachableError: There is no such folder, or the hub does not answer.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mttl_data.errors import RowsError, unknown_task
 from mttl_data.metrics import reasoning_gym, reasoning_gym_score
+from mttl_data.progress import Progress
 from mttl_data.rows import SPLITS, Row
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def make_starter(
     sizes: Mapping[str, int] = STARTER_SIZES,
     seed: int = STARTER_SEED,
     replace: bool = False,
-    progress: Callable[[str, int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> list[TaskInfo]:
     """Add tasks of the mixture to a library, each in one commit; those it has are left alone.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as RichProgress
+
+Progress = Callable[[str, int, int | None], object]
+"""Told what is done ("" for the work as asked), how far it is, and how far it goes if known."""
 
 # Elsewhere than on a terminal: seconds of work before a line is worth it, and between two lines.
 _QUIET_SECONDS = 2.0
@@ -40,22 +43,23 @@ def say(text: object) -> None:
 class Bar:
     """How far one piece of work has come."""
 
-    def __init__(self, what: str, total: int | None, progress: Progress | None) -> None:
+    def __init__(self, what: str, total: int | None, progress: RichProgress | None) -> None:
         """On a terminal with rich's bars, elsewhere without."""
         self._what, self._total, self._progress = what, total, progress
+        self._stage = ""
         self._task = progress.add_task(what, total=total) if progress else None
         self._start = self._last = time.monotonic()
 
-    def update(self, done: int, total: int | None = None, what: str | None = None) -> None:
-        """Say that ``done`` steps are done; also of how many, or of what, where that changed."""
-        if what not in (None, self._what) and not done:  # another stage, with a time of its own
+    def update(self, stage: str, done: int, total: int | None = None) -> None:
+        """Say how far it is: a :data:`Progress`, to be handed to whoever does the work."""
+        if stage != self._stage and not done:  # a stage with a time of its own
             self._start = time.monotonic()
             if self._progress and self._task is not None:
                 self._progress.reset(self._task, total=total)
-        self._what, self._total = what or self._what, total or self._total
+        self._stage, self._total = stage, total or self._total
         if self._progress and self._task is not None:
             self._progress.update(
-                self._task, completed=done, total=self._total, description=self._what
+                self._task, completed=done, total=self._total, description=str(self)
             )
             return
         now = time.monotonic()
@@ -64,39 +68,40 @@ class Bar:
             if self._total:
                 seconds = (now - self._start) / done * (self._total - done)
                 left = f"/{self._total}, about {seconds:.0f} s left"
-            console().print(f"{self._what}: {done}{left}")
+            say(f"{self}: {done}{left}")
             self._last = now
 
-    def close(self) -> None:
-        """Say what it took, where that is worth a line."""
-        spent = time.monotonic() - self._start
-        if spent > _QUIET_SECONDS:
-            console().print(f"{self._what}: {spent:.0f} s")
+    def __str__(self) -> str:
+        """The work, and the stage that it is in."""
+        return f"{self._what}: {self._stage}" if self._stage else self._what
 
 
 @contextmanager
 def bar(what: str, total: int | None = None) -> Iterator[Bar]:
-    """Show how far a piece of work has come; call ``update`` on what it yields.
+    """Show how far a piece of work has come; hand the ``update`` of what it yields to the work.
+
+    Nothing but progress is shown, on a terminal as a bar; elsewhere in lines of their own, and the
+    last says what it took if that is worth a line.
 
     Args:
         what: the work, as in "training spell_backward".
         total: steps in all, if that is known.
     """
-    if not console().is_terminal:
-        shown = Bar(what, total, None)
-        yield shown
-        shown.close()
-        return
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console(),
-        transient=True,
-    ) as progress:
-        shown = Bar(what, total, progress)
-        yield shown
-    shown.close()
+    start = time.monotonic()
+    if console().is_terminal:
+        with RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console(),
+            transient=True,
+        ) as progress:
+            yield Bar(what, total, progress)
+    else:
+        yield Bar(what, total, None)
+    spent = time.monotonic() - start
+    if spent > _QUIET_SECONDS:
+        say(f"{what}: {spent:.0f} s")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mttl_experts.jobs.progress import bar, say
+from mttl_experts.jobs.progress import Progress, bar, say
 
 if TYPE_CHECKING:
     from mttl_experts.expert import Expert
@@ -65,7 +65,7 @@ class Questions(Protocol):
         """What identifies a score on these rows apart from the model."""
 
     def score(
-        self, model: Any, tokenizer: Any, batch_size: int, progress: Callable[[int], object]
+        self, model: Any, tokenizer: Any, batch_size: int, progress: Progress
     ) -> MeasuredRows:
         """Ask them."""
 
@@ -125,14 +125,9 @@ class Scoring:
         def measure() -> Measured:
             what = f"{questions.task}: {who}"
             with model as asked, bar(what, len(questions.rows)) as shown:
-                done = 0
-
-                def advance(count: int) -> None:
-                    nonlocal done
-                    done += count
-                    shown.update(done)
-
-                score = questions.score(asked.model, self.base.tokenizer, self.batch_size, advance)
+                score = questions.score(
+                    asked.model, self.base.tokenizer, self.batch_size, shown.update
+                )
             if score.truncation.rows:
                 say(f"{what}: of {score.n}, {score.truncation}")
             return score
