@@ -150,9 +150,13 @@ class Evaluation:
     def merged(self) -> Expert:
         """The experts merged into one."""
         options = self.options
-        with bar(f"merging {len(self.experts)} experts by {options.merge}"):
+        with bar(f"merging {len(self.experts)} experts by {options.merge}") as shown:
             return merge(
-                self.experts, options.merge or "", rank=options.rank, density=options.density
+                self.experts,
+                options.merge or "",
+                rank=options.rank,
+                density=options.density,
+                progress=shown.update,
             )
 
     @contextmanager

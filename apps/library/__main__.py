@@ -10,7 +10,7 @@ import click
 from mttl_experts.jobs import bar, console, known_errors
 
 if TYPE_CHECKING:
-    from mttl_experts import ExpertLibrary
+    from mttl_experts import ExpertInfo, ExpertLibrary
 
 LIBRARY = "local://mttldata/library"
 
@@ -32,7 +32,8 @@ def main() -> None:
 def list_experts(library: str, as_json: bool) -> None:
     """List the experts of LIBRARY: task, kind, rank, base, metrics, size, date."""
     opened = open_library(library)
-    rows = [_row(opened, name) for name in opened]
+    with known_errors():
+        rows = [_row(opened, name, info) for name, info in opened.infos().items()]
     if as_json:
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
@@ -89,7 +90,7 @@ def show(expert: str, library: str, as_json: bool) -> None:
 def verify(library: str, as_json: bool) -> None:
     """Read every byte of LIBRARY, and say what is not as it was written."""
     opened = open_library(library)
-    with known_errors(), bar("verifying") as shown:
+    with known_errors(), bar("verifying", stderr=as_json) as shown:
         problems = opened.verify(lambda done, total, _: shown.update("", done, total))
     if as_json:
         found = [{"where": p.where, "what": p.what} for p in problems]
@@ -111,8 +112,7 @@ def open_library(library: str) -> ExpertLibrary:
         return ExpertLibrary(library, read_only=True)
 
 
-def _row(library: ExpertLibrary, name: str) -> dict[str, Any]:
-    info = library.infos()[name]
+def _row(library: ExpertLibrary, name: str, info: ExpertInfo) -> dict[str, Any]:
     config = info.expert_config or {}
     files = library.repository.item(f"experts/{name}").files
     return {

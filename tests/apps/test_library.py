@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mttl_experts import Expert, ExpertInfo, ExpertLibrary
+from mttl_storage import Corrupt
 
 NAME = "base_model.model.layer"
 
@@ -49,6 +50,27 @@ def test_verify_finds_a_flipped_bit(app, address):
     outcome = app("library", "verify", address)
     assert outcome.exit_code == 1
     assert "adapter_model.safetensors" in outcome.output
+
+
+def test_verify_for_programs_prints_json_alone(app, address, monkeypatch):
+    monkeypatch.setattr("mttl_experts.jobs.progress._QUIET_SECONDS", -1.0)
+    outcome = app("library", "verify", address, "--json")
+    assert json.loads(outcome.stdout)["problems"] == []
+    assert "verifying" in outcome.stderr
+
+
+def test_list_asks_for_all_facts_once_and_a_bad_one_is_one_line(app, address, monkeypatch):
+    calls = []
+
+    def infos(library):
+        calls.append(library)
+        raise Corrupt("info of expert 'one' cannot be read")
+
+    monkeypatch.setattr(ExpertLibrary, "infos", infos)
+    outcome = app("library", "list", address)
+    assert isinstance(outcome.exception, SystemExit), outcome.exception
+    assert "'one' cannot be read" in outcome.output
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(

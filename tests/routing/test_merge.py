@@ -351,3 +351,10 @@ def test_one_base_under_two_names_is_one_base(make_expert):
     ]
     assert merge(experts).expert_info.expert_model == "/a/base"
     assert merge(experts[::-1]).digest == merge(experts).digest
+
+
+def test_each_module_is_told(mixed_experts):
+    told = []
+    merged = merge(mixed_experts, progress=lambda *args: told.append(args))
+    n = len(lora_modules(merged))
+    assert told == [("", done, n) for done in range(1, n + 1)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from mttl_routing.cohort import Experts, check_one_base, experts_of, factors_by_
 from mttl_routing.merges import MERGES, Merge, MergeRule, Update
 from mttl_routing.merges.factoring import Factored, factored
 
+Progress = Callable[[str, int, int | None], object]
 Weights = Sequence[float] | Mapping[str, float]
 
 
@@ -30,6 +31,7 @@ def merge(
     rank: int | None = None,
     density: float | None = None,
     name: str | None = None,
+    progress: Progress | None = None,
 ) -> Expert:
     """One expert that does what ``experts`` do together, by a method of :data:`MERGES`.
 
@@ -49,6 +51,7 @@ def merge(
             and gives a rank of at most min(Σr, i, o), or min(i, o) where the method is not linear.
         density: share of entries that ``ties`` keeps of each expert's ΔW, 0.2 if not given.
         name: of the result; the method and the first digits of the recipe digest if not given.
+        progress: told of each module: "", how many are merged, and how many there are.
 
     Returns:
         A LoRA expert in float32 whose scaling is 1 everywhere.
@@ -70,7 +73,8 @@ def merge(
 
     results: dict[str, Factored] = {}
     missing: dict[str, list[str]] = {}
-    for module, column in factors_by_module(ordered).items():
+    table = factors_by_module(ordered)
+    for module, column in table.items():
         updates = []
         for (expert, weight), factors in zip(weighted, column, strict=True):
             if factors is None:
@@ -79,6 +83,8 @@ def merge(
                 _check_finite(expert, module, factors)
                 updates.append(Update(factors, weight))
         results[module] = factored(kind.rule(updates, **options), rank)
+        if progress is not None:
+            progress("", len(results), len(table))
 
     recipe = {
         "kind": "merge",

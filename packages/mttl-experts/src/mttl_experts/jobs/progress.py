@@ -28,24 +28,27 @@ _PLAIN_WIDTH = 110
 
 
 @cache
-def console() -> Console:
+def console(stderr: bool = False) -> Console:
     """The terminal, or what stands in for it, where lines may be long enough for a table."""
-    if os.isatty(1):
-        return Console()
-    return Console(width=_PLAIN_WIDTH, highlight=False)
+    if os.isatty(2 if stderr else 1):
+        return Console(stderr=stderr)
+    return Console(stderr=stderr, width=_PLAIN_WIDTH, highlight=False)
 
 
-def say(text: object) -> None:
+def say(text: object, stderr: bool = False) -> None:
     """Print one line for people as it is: no markup is read in it, and it is not broken."""
-    console().print(str(text), markup=False, highlight=False, soft_wrap=True)
+    console(stderr).print(str(text), markup=False, highlight=False, soft_wrap=True)
 
 
 class Bar:
     """How far one piece of work has come."""
 
-    def __init__(self, what: str, total: int | None, progress: RichProgress | None) -> None:
+    def __init__(
+        self, what: str, total: int | None, progress: RichProgress | None, stderr: bool = False
+    ) -> None:
         """On a terminal with rich's bars, elsewhere without."""
         self._what, self._total, self._progress = what, total, progress
+        self._stderr = stderr
         self._stage = ""
         self._task = progress.add_task(what, total=total) if progress else None
         self._start = self._last = time.monotonic()
@@ -68,7 +71,7 @@ class Bar:
             if self._total:
                 seconds = (now - self._start) / done * (self._total - done)
                 left = f"/{self._total}, about {seconds:.0f} s left"
-            say(f"{self}: {done}{left}")
+            say(f"{self}: {done}{left}", self._stderr)
             self._last = now
 
     def __str__(self) -> str:
@@ -77,7 +80,7 @@ class Bar:
 
 
 @contextmanager
-def bar(what: str, total: int | None = None) -> Iterator[Bar]:
+def bar(what: str, total: int | None = None, stderr: bool = False) -> Iterator[Bar]:
     """Show how far a piece of work has come; hand the ``update`` of what it yields to the work.
 
     Nothing but progress is shown, on a terminal as a bar; elsewhere in lines of their own, and the
@@ -86,9 +89,10 @@ def bar(what: str, total: int | None = None) -> Iterator[Bar]:
     Args:
         what: the work, as in "training spell_backward".
         total: steps in all, if that is known.
+        stderr: show it there, where what the command prints is for programs.
     """
     start = time.monotonic()
-    if console().is_terminal:
+    if console(stderr).is_terminal:
         with RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
@@ -96,12 +100,12 @@ def bar(what: str, total: int | None = None) -> Iterator[Bar]:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console(),
+            console=console(stderr),
             transient=True,
         ) as progress:
-            yield Bar(what, total, progress)
+            yield Bar(what, total, progress, stderr)
     else:
-        yield Bar(what, total, None)
+        yield Bar(what, total, None, stderr)
     spent = time.monotonic() - start
     if spent > _QUIET_SECONDS:
-        say(f"{what}: {spent:.0f} s")
+        say(f"{what}: {spent:.0f} s", stderr)
