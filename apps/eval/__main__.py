@@ -97,14 +97,15 @@ TRAIN_KEYS = [
 @click.option("--strict", is_flag=True, help="Refuse a base whose weights or tokenizer differ.")
 def main(**options: Any) -> None:
     """Evaluate a library as one model, beside its base and each expert on its own task."""
-    with known_errors():
+    from mttl_data import DataError
+
+    with known_errors(DataError):
         from eval_options import check
 
         job = check(**options)
         from eval_job import run
 
         from mttl_adapters import AdapterError
-        from mttl_data import DataError
 
     with known_errors(AdapterError, DataError):
         run(job)

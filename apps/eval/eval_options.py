@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mttl_data import METRICS, UnknownTaskError, benchmark_name
+from mttl_data import METRICS, benchmark_names
 from mttl_experts.jobs import say
 from mttl_routing import MERGES, ROUTERS
 
@@ -79,6 +79,7 @@ def check(**options: Any) -> EvalOptions:
 
     Raises:
         click.UsageError: a name is not known, or two options contradict each other.
+        UnknownTaskError: a benchmark is not known.
     """
     both = options.pop("merge_or_route")
     if both is not None:
@@ -104,17 +105,9 @@ def check(**options: Any) -> EvalOptions:
         raise click.UsageError("--rank is for --merge")
     for name in ("benchmarks", "task_source", "template_type"):
         options[name] = tuple(p.strip() for p in (options[name] or "").split(",") if p.strip())
-    names = list(options["benchmarks"])
-    if names == ["all"]:
-        from mttl_data import BENCHMARKS
-
-        names = list(BENCHMARKS)
-    try:
-        options["benchmarks"] = tuple(
-            name if name == IN_DISTRIBUTION else benchmark_name(name) for name in names
-        )
-    except UnknownTaskError as error:
-        raise click.UsageError(str(error)) from None
+    own = [name for name in options["benchmarks"] if name == IN_DISTRIBUTION]
+    others = [name for name in options["benchmarks"] if name != IN_DISTRIBUTION]
+    options["benchmarks"] = (*own, *benchmark_names(others))
     if options["metric"] is not None and options["metric"] not in METRICS:
         raise click.UsageError(
             f"--metric {options['metric']!r} is not known; there are {', '.join(METRICS)}"

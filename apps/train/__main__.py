@@ -119,14 +119,15 @@ EVAL_KEYS = [
 )
 def main(**options: Any) -> None:
     """Train experts on tasks and add them to a library, each with its scores."""
-    with known_errors():
+    from mttl_data import DataError
+
+    with known_errors(DataError):
         from train_options import check
 
         job = check(**options)
         from train_job import run
 
         from mttl_adapters import AdapterError
-        from mttl_data import DataError
 
     with known_errors(AdapterError, DataError):
         run(job)

@@ -23,14 +23,13 @@ from mttl_adapters import (
     train_adapter,
 )
 from mttl_data import (
-    BENCHMARKS,
     Batches,
     DatasetLibrary,
     HeldOut,
     PromptError,
     PromptWriter,
     Row,
-    benchmark_name,
+    benchmark_names,
     check_benchmarks,
     context_length,
     evaluate_benchmarks,
@@ -257,8 +256,7 @@ def _table(rows: list[dict[str, Any]], means: Mapping[str, float | None]) -> Tab
 
 def _benchmark_names(options: TrainOptions) -> list[str]:
     """What to measure with the harness; the tasks trained on are scored in any case."""
-    names = [name for name in options.benchmarks if name != "in_distribution"]
-    names = list(BENCHMARKS) if names == ["all"] else [benchmark_name(name) for name in names]
+    names = benchmark_names([name for name in options.benchmarks if name != "in_distribution"])
     check_benchmarks(names, options.data_dir)  # before hours of training, not after
     return names
 

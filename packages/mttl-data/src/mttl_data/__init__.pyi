@@ -32,7 +32,7 @@ from .benchmarks import (
     BenchmarkScore as BenchmarkScore,
 )
 from .benchmarks import (
-    benchmark_name as benchmark_name,
+    benchmark_names as benchmark_names,
 )
 from .benchmarks import (
     check_benchmarks as check_benchmarks,
@@ -185,7 +185,7 @@ __all__ = [
     "Truncation",
     "TruncationWarning",
     "UnknownTaskError",
-    "benchmark_name",
+    "benchmark_names",
     "check_benchmarks",
     "clean_name",
     "collate",

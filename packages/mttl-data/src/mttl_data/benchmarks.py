@@ -158,7 +158,7 @@ def evaluate_benchmarks(
         UnknownTaskError: No such benchmark.
         DataNotReachableError: Its rows are neither in ``data_dir`` nor to be had from the hub.
     """
-    chosen = list(dict.fromkeys(benchmark_name(name) for name in names))
+    chosen = benchmark_names(names)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit!r}")
     if not chosen:
@@ -193,8 +193,14 @@ def evaluate_benchmarks(
 
 def check_benchmarks(names: Sequence[str], data_dir: str | PathLike[str] | None = None) -> None:
     """Raise what ``evaluate_benchmarks`` would for names and rows that are not to be had."""
-    for name in names:
-        _rows(benchmark_name(name), data_dir)
+    for name in benchmark_names(names):
+        _rows(name, data_dir)
+
+
+def benchmark_names(names: Sequence[str]) -> list[str]:
+    """The names in ``BENCHMARKS`` that are meant, each once; ``all`` alone means all of them."""
+    wanted = list(BENCHMARKS) if list(names) == ["all"] else map(benchmark_name, names)
+    return list(dict.fromkeys(wanted))
 
 
 def benchmark_name(name: str) -> str:
