@@ -10,9 +10,9 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from mttl_data.batches import PromptWriter, Truncation
 from mttl_data.errors import EmptyTaskError
 from mttl_data.evaluate import evaluate_task, generate_answers, greedy
+from mttl_data.prompts import PromptWriter, Truncation
 from mttl_data.rows import Row
 
 STOPS = [0, 17, 40, 77, 99, 120, 150, 180, 200, 230]

@@ -1,29 +1,8 @@
 from .batches import (
-    ANSWER_ONLY as ANSWER_ONLY,
-)
-from .batches import (
     Batches as Batches,
 )
 from .batches import (
-    Example as Example,
-)
-from .batches import (
-    Prompt as Prompt,
-)
-from .batches import (
-    PromptWriter as PromptWriter,
-)
-from .batches import (
-    Truncation as Truncation,
-)
-from .batches import (
     collate as collate,
-)
-from .batches import (
-    end_token_id as end_token_id,
-)
-from .batches import (
-    truncation as truncation,
 )
 from .benchmarks import (
     BENCHMARKS as BENCHMARKS,
@@ -129,6 +108,27 @@ from .opening import (
 )
 from .opening import (
     open_dataset as open_dataset,
+)
+from .prompts import (
+    ANSWER_ONLY as ANSWER_ONLY,
+)
+from .prompts import (
+    Example as Example,
+)
+from .prompts import (
+    Prompt as Prompt,
+)
+from .prompts import (
+    PromptWriter as PromptWriter,
+)
+from .prompts import (
+    Truncation as Truncation,
+)
+from .prompts import (
+    end_token_id as end_token_id,
+)
+from .prompts import (
+    truncation as truncation,
 )
 from .rows import (
     SPLITS as SPLITS,

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from mttl_data.batches import ANSWER_ONLY, PromptWriter, Truncation, end_token_id, truncation
 from mttl_data.errors import EmptyTaskError
 from mttl_data.forward import Forward, context_length, evaluating
 from mttl_data.metrics import mean_interval, score_answers
 from mttl_data.progress import Progress
+from mttl_data.prompts import ANSWER_ONLY, PromptWriter, Truncation, end_token_id, truncation
 from mttl_data.rows import Row
 
 _SLACK_TOKENS = 4  # room for an answer to be a little longer than the longest target

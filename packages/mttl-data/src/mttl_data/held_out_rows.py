@@ -8,10 +8,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from mttl_data.batches import ANSWER_ONLY
 from mttl_data.dataset_library import DatasetLibrary
 from mttl_data.evaluate import TaskScore, evaluate_task
 from mttl_data.progress import Progress
+from mttl_data.prompts import ANSWER_ONLY
 from mttl_data.rows import Row
 
 

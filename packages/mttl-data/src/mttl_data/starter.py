@@ -1,7 +1,7 @@
 """The ``starter`` mixture: short tasks that reasoning-gym generates and scores, from one seed.
 
 Rows hold the question alone. The line that asks for nothing but the answer belongs to the prompt
-(``batches.ANSWER_ONLY``), so that a base model and an expert are asked in the same words.
+(``prompts.ANSWER_ONLY``), so that a base model and an expert are asked in the same words.
 """
 
 from __future__ import annotations
