@@ -45,6 +45,8 @@ def run(options: EvalOptions) -> None:
     if not experts:
         raise click.UsageError(f"{library.uri} has no experts to evaluate; train some first")
     check_benchmarks(options.harness, options.data_dir)
+    # First of all, so that a folder that cannot be written is found before any scoring.
+    write_json(options.output / "options.json", asdict(options) | {"output": str(options.output)})
     evaluation = Evaluation(options, library, experts)
     rows = []
     if options.in_distribution:
@@ -67,7 +69,6 @@ def run(options: EvalOptions) -> None:
             "mean": means,
         },
     )
-    write_json(options.output / "options.json", asdict(options) | {"output": str(options.output)})
     say(f"results in {path}")
 
 

@@ -37,11 +37,7 @@ from mttl_data import (
     open_dataset,
     truncation,
 )
-from mttl_experts import (
-    Expert,
-    ExpertInfo,
-    ExpertLibrary,
-)
+from mttl_experts import Expert, ExpertInfo, ExpertLibrary
 from mttl_experts.jobs import TWO_SHOT, Scoring, bar, console, mean, percent, say, write_json
 from mttl_routing import apply_expert
 
@@ -56,8 +52,9 @@ def run(options: TrainOptions) -> None:
     data = _open_data(options)
     base = _load(options)
     wanted = plans(options, data, base)
-    for task in {task for plan in wanted for task in plan.tasks}:
-        _held_out(options, data, task)  # rows to score on are missed before hours of training
+    for plan in wanted:
+        for task in plan.tasks:
+            _held_out(options, data, task)  # rows to score on are missed before any training
     scoring = Scoring(library, base, options.predict_batch_size, no_score=(PromptError,))
     waiting = [plan for plan in wanted if not is_there(plan, library, options.replace)]
     say(f"{len(wanted)} experts wanted, {len(wanted) - len(waiting)} there already: {library.uri}")
@@ -99,11 +96,7 @@ def _open_data(options: TrainOptions) -> DatasetLibrary:
         )
     whole = options.dataset == "starter" or options.all_tasks
     with bar(f"tasks of {options.dataset}") as shown:
-        return open_dataset(
-            options.dataset,
-            None if whole else tasks,
-            shown.update,
-        )
+        return open_dataset(options.dataset, None if whole else tasks, shown.update)
 
 
 def _load(options: TrainOptions) -> BaseModel:

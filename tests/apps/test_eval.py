@@ -91,6 +91,14 @@ def test_a_setting_that_nothing_uses_is_said_to_be_so(library, evaluate, way, sa
     assert " is for --route" not in evaluate("--route", "arrow", "--top-k", "2").output
 
 
+def test_an_output_that_cannot_be_written_is_found_before_scoring(library, evaluate):
+    Path("file").write_text("in the way")
+    outcome = evaluate("--merge", "uniform", "--output", "file")
+    assert isinstance(outcome.exception, SystemExit), outcome.exception
+    assert "file" in outcome.output.strip().splitlines()[-1]
+    assert library.refresh().generation == library.generation
+
+
 def test_uniform_merging_is_uniform_routing(library, evaluate):
     evaluate("--merge", "uniform")
     merged = [row["model"] for row in results()["tasks"]]

@@ -211,6 +211,15 @@ def test_a_folder_of_bad_rows_is_one_clear_line(train, tmp_path, name, content, 
         assert word.format(path=path) in last_line(outcome)
 
 
+def test_a_task_without_rows_to_score_on_is_found_before_training(train, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(whole_row(split="train")) for _ in range(9)))
+    outcome = train("--task", "t", dataset=path)
+    assert isinstance(outcome.exception, SystemExit), outcome.exception
+    assert "no test rows; it has train 9" in last_line(outcome)
+    assert ExpertLibrary("local://mttldata/library").keys() == []
+
+
 def test_a_library_copied_to_itself_is_one_clear_line(train):
     outcome = train("--task", "copy_last", "--library", "local://a", "--destination", "local://a")
     assert isinstance(outcome.exception, SystemExit), outcome.exception
