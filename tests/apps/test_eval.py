@@ -93,10 +93,11 @@ def test_a_setting_that_nothing_uses_is_said_to_be_so(library, evaluate, way, sa
 
 def test_an_output_that_cannot_be_written_is_found_before_scoring(library, evaluate):
     Path("file").write_text("in the way")
+    generation = library.generation
     outcome = evaluate("--merge", "uniform", "--output", "file")
     assert isinstance(outcome.exception, SystemExit), outcome.exception
     assert "file" in outcome.output.strip().splitlines()[-1]
-    assert library.refresh().generation == library.generation
+    assert library.refresh().generation == generation
 
 
 def test_uniform_merging_is_uniform_routing(library, evaluate):
