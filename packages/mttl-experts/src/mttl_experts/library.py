@@ -248,7 +248,7 @@ class ExpertLibrary:
                 f"{why if name in self._all_names() else error}; replace_expert changes one that "
                 "is there, or choose another expert_name"
             ) from error
-        return self._changed(added, name, expert.expert_info)
+        return self._changed(added, expert)
 
     def replace_expert(self, expert: Expert, expected: str | None = None) -> str:
         """Put an expert, facts and weights, in the place of the one of its name.
@@ -271,7 +271,7 @@ class ExpertLibrary:
         replaced = writer.replace(
             EXPERTS + expert.name, expert.files(), expert.expert_info.to_dict(), expected
         )
-        return self._changed(replaced, expert.name, expert.expert_info)
+        return self._changed(replaced, expert)
 
     def remove_expert(self, name: str) -> None:
         """Take an expert out. Its files stay, and ``restore_expert`` brings it back."""
@@ -464,10 +464,10 @@ class ExpertLibrary:
         if self._batch is not None:
             self._staged[name] = info
 
-    def _changed(self, outcome: Item | str, name: str, info: ExpertInfo) -> str:
+    def _changed(self, outcome: Item | None, expert: Expert) -> str:
         """The digest, whether a commit or an open batch took the change."""
-        self._stage(name, info)
-        return outcome if isinstance(outcome, str) else outcome.digest
+        self._stage(expert.name, expert.expert_info)
+        return expert.digest if outcome is None else outcome.digest
 
     def _info(self, name: str, item: Item) -> ExpertInfo:
         try:
