@@ -274,11 +274,10 @@ class AzureStore(RemoteStore):
             return Failure(StorageFull(f"{what}: the account has no room left ({code})"))
         wait = _seconds(headers)
         if status in _PASSING or code in ("ContainerBeingDeleted", "InvalidBlockList"):
-            busy = f"{what}: Azure answers {status} ({code})"
+            when = f"in {wait:.0f} s" if wait else "later"
+            text = f"{what}: Azure answers {status} ({code}); try again {when}"
             error_type = Throttled if status in (429, 503) else StorageError
-            return Failure(
-                error_type(f"{busy}; try again later"), True, wait, unknown=status >= 500
-            )
+            return Failure(error_type(text), True, wait, unknown=status >= 500)
         return Failure(StorageError(f"{what}: Azure answers {status} ({code}); {_reason(error)}"))
 
 

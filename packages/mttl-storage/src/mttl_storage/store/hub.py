@@ -36,6 +36,9 @@ from huggingface_hub.utils._headers import build_hf_headers  # isort: skip
 from huggingface_hub.utils._http import hf_raise_for_status  # isort: skip
 
 BRANCH = "main"
+_REDIRECTS = 5
+_PATHS_AT_ONCE = 500
+"""How many paths to ask for in one request; the hub takes no more than 1,000."""
 _SMALL = 1 << 20
 """Bytes up to which a file is held in memory while it is committed."""
 
@@ -108,14 +111,24 @@ class HubStore(RemoteStore):
         """The newest commit and the file in it, by one request."""
         response = self._request("HEAD", key)
         response.close()
-        commit = response.headers.get("X-Repo-Commit")
-        if response.status_code == 404 and response.headers.get("X-Error-Code") == "EntryNotFound":
-            return _Head(commit or self._newest_commit(), None)
-        if not response.has_redirect_location:
+        # A file outside of git is a redirect to it, which says what it is. Others mean that the
+        # repository has a new name.
+        for _ in range(_REDIRECTS):
+            if "X-Linked-Etag" in response.headers or response.next_request is None:
+                break
+            response = get_session().send(response.next_request, stream=True)
+            response.close()
+        headers, commit = response.headers, response.headers.get("X-Repo-Commit")
+        missing = headers.get("X-Error-Code") == "EntryNotFound"
+        if not missing and "X-Linked-Etag" not in headers:
             hf_raise_for_status(response)
-        etag = response.headers.get("X-Linked-Etag") or response.headers.get("ETag", "")
-        size = response.headers.get("X-Linked-Size") or response.headers.get("Content-Length", "0")
-        return _Head(commit, Entry(key, int(size), 0.0, _version(etag, commit)))
+        if commit is None:
+            raise StorageError(f"the hub does not say which commit of {self.address!r} it shows")
+        if missing:
+            return _Head(commit, None)
+        etag = headers.get("X-Linked-Etag") or headers.get("ETag", "")
+        size = int(headers.get("X-Linked-Size") or headers.get("Content-Length", "0"))
+        return _Head(commit, Entry(key, size, 0.0, _version(etag, commit)))
 
     def _newest_commit(self) -> str:
         branches = self._api.list_repo_refs(**self._where).branches
@@ -231,9 +244,10 @@ class HubStore(RemoteStore):
 
     def _deletions(self, paths: list[str], commit: str) -> list[CommitOperationDelete]:
         """Operations for the paths that are there; the hub refuses to delete others."""
-        if not paths:
-            return []
-        there = self._api.get_paths_info(paths=paths, revision=commit, **self._where)
+        there = []
+        for first in range(0, len(paths), _PATHS_AT_ONCE):
+            some = paths[first : first + _PATHS_AT_ONCE]
+            there += self._api.get_paths_info(paths=some, revision=commit, **self._where)
         return [CommitOperationDelete(found.path, is_folder=False) for found in there]
 
     def _additions(self, files: Mapping[str, Upload]) -> list[CommitOperationAdd]:
@@ -345,7 +359,7 @@ def _addition(path: str, upload: Upload) -> CommitOperationAdd:
     return operation
 
 
-def _version(etag: str, commit: str | None) -> str:
+def _version(etag: str, commit: str) -> str:
     """What tells a file's content, and the commit in which it was seen."""
     return f"{etag.removeprefix('W/').strip(chr(34))}@{commit}"
 

@@ -146,9 +146,11 @@ def _refusal(error: HfHubHTTPError, what: str, kind: str) -> Failure:
     if status == 412:
         return Failure(Throttled(f"{what}: others commit all the time"), passing=True, crowded=True)
     if status in _PASSING:
-        text = f"{what}: the hub answers {status} ({said}); try again later"
+        wait = _seconds(response)
+        when = f"in {wait:.0f} s" if wait else "later"
+        text = f"{what}: the hub answers {status} ({said}); try again {when}"
         error_type = Throttled if status in (429, 503) else StorageError
-        return Failure(error_type(text), True, _seconds(response), unknown=status >= 500)
+        return Failure(error_type(text), True, wait, unknown=status >= 500)
     return Failure(StorageError(f"{what}: the hub answers {status} ({said})"))
 
 
