@@ -6,7 +6,6 @@ commit that lost a race can be rebased. Changes are plain data, as the log keeps
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from mttl_storage.errors import Conflict, StorageError
@@ -37,21 +36,24 @@ class Content:
         """Check everything that can be checked without reading the files."""
         self._store, self._name = store, check_name(name)
         self._files, self._info = checked_files(files), checked_info(info)
+        self._uploads: dict[str, Upload] | None = None
 
-    @cached_property
-    def _uploads(self) -> dict[str, Upload]:
-        return uploads_of(self._files)
+    def _hashed(self) -> dict[str, Upload]:
+        # Not a cached_property: before Python 3.12 one lock makes all of a class wait.
+        if self._uploads is None:
+            self._uploads = uploads_of(self._files)
+        return self._uploads
 
-    @cached_property
+    @property
     def record(self) -> dict[str, Any]:
         """What the log is to keep of the item."""
-        return new_record(self._uploads, self._info)
+        return new_record(self._hashed(), self._info)
 
-    @cached_property
+    @property
     def uploads(self) -> dict[str, Upload]:
         """What to store, by key."""
         folder = self._store.item_folder(self._name, self.record["digest"])
-        return {f"{folder}/{file}": upload for file, upload in self._uploads.items()}
+        return {f"{folder}/{file}": upload for file, upload in self._hashed().items()}
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ reader nor a power cut meets half a file. Links that lead out of the root are no
 """
 
 # System calls on path strings, each of which a test makes fail.
-# ruff: noqa: PTH100, PTH103, PTH105, PTH106, PTH108, PTH110, PTH112, PTH114, PTH116, PTH118
+# ruff: noqa: PTH100, PTH103, PTH105, PTH106, PTH108, PTH110, PTH112, PTH116, PTH118
 # ruff: noqa: PTH119, PTH120, PTH123
 
 import contextlib
 import datetime
 import os
-import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,8 +30,6 @@ from mttl_storage.store.disk import (
 )
 from mttl_storage.store.transfer import CHUNK, Upload, in_parallel, verified
 
-_ITEM_FOLDER = re.compile(r"/[0-9a-f]{64}(/|$)")
-
 
 class LocalStore(Store):
     """Files under one folder of the local disk."""
@@ -46,24 +43,37 @@ class LocalStore(Store):
         super().__init__(root=root, **kwargs)
         self.root = os.path.abspath(root)
         self._real_root = os.path.realpath(self.root)
-        # Folders of items that were found to be no links, nor to lie behind any. They never change.
-        self._item_folders: set[str] = set()
 
     def local_path(self, key: str) -> Path:
         """The stored file or folder itself."""
         return Path(self._full(key))
 
     def _full(self, key: str) -> str:
-        full = os.path.join(self._real_root, self._strip_protocol(key)).rstrip("/") or "/"
-        folder = os.path.dirname(full)
-        if folder in self._item_folders and not os.path.islink(full):
-            return full
+        rest = self._strip_protocol(key)
+        full, wanted = self._real_root, os.path.join(self._real_root, rest).rstrip("/") or "/"
+        for part in rest.split("/"):
+            full = os.path.join(full, part)
+            try:
+                mode = os.lstat(full).st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                return wanted
+            if stat.S_ISLNK(mode):
+                return self._behind_links(key, wanted)
+        return wanted
+
+    def _behind_links(self, key: str, full: str) -> str:
         real = os.path.realpath(full)
-        if real == full and _ITEM_FOLDER.search(folder) and os.path.exists(folder):
-            self._item_folders.add(folder)
-        if real != full and not f"{real}/".startswith(f"{self._real_root.rstrip('/')}/"):
+        if not f"{real}/".startswith(f"{self._real_root.rstrip('/')}/"):
             raise Denied(f"{self.address_of(key)!r} is a link that leads out of {self.address!r}")
         return real
+
+    def _plain(self, key: str) -> str:
+        """The path of a file to read. A pipe or a device there could block, or never end."""
+        full = self._full(key)
+        mode = os.stat(full).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise Denied(f"{self.address_of(key)!r} is a pipe or a device, not a file; remove it")
+        return full
 
     # The verbs of a repository.
 
@@ -163,7 +173,7 @@ class LocalStore(Store):
 
     def read_chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
         """The file, from a byte on, in chunks of at most CHUNK bytes."""
-        with translated("read", self.address_of(key)), open(self._full(key), "rb") as file:
+        with translated("read", self.address_of(key)), open(self._plain(key), "rb") as file:
             file.seek(start)
             while chunk := file.read(CHUNK):
                 yield chunk
@@ -275,7 +285,7 @@ class LocalStore(Store):
         self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any
     ) -> bytes:
         """The bytes of a file, or of a range of it."""
-        with translated("read", self.address_of(path)), open(self._full(path), "rb") as file:
+        with translated("read", self.address_of(path)), open(self._plain(path), "rb") as file:
             if start is None and end is None:
                 return file.read()
             first, last, _ = slice(start, end).indices(os.fstat(file.fileno()).st_size)
@@ -295,7 +305,7 @@ class LocalStore(Store):
         full = self._full(path)
         with translated("open", self.address_of(path)):
             if mode == "rb":
-                return open(full, "rb")
+                return open(self._plain(path), "rb")
             if mode not in ("wb", "xb", "ab"):
                 raise ValueError(f"files here are whole: mode {mode!r} is not 'r', 'w', 'x' or 'a'")
             if os.path.isdir(full):
