@@ -32,11 +32,13 @@ from huggingface_hub import (  # isort: skip  # after hub_client, which says how
     hf_hub_url,
 )
 from huggingface_hub.hf_api import RepoFile  # isort: skip
+from huggingface_hub.lfs import UploadInfo  # isort: skip
 from huggingface_hub.utils._headers import build_hf_headers  # isort: skip
 from huggingface_hub.utils._http import hf_raise_for_status  # isort: skip
 
 BRANCH = "main"
 _REDIRECTS = 5
+_SAMPLE = 512
 _PATHS_AT_ONCE = 500
 """How many paths to ask for in one request; the hub takes no more than 1,000."""
 _SMALL = 1 << 20
@@ -351,12 +353,22 @@ class HubStore(RemoteStore):
 
 
 def _addition(path: str, upload: Upload) -> CommitOperationAdd:
-    small = upload.size <= _SMALL
-    source = b"".join(verified(upload)) if small else upload.source
-    operation = CommitOperationAdd(path, cast(bytes | Path, source))
-    if not small:
-        operation.upload_info.sha256 = bytes.fromhex(upload.sha256)  # the hub checks it
+    """The operation for a file whose digest is known, so that the client need not find it."""
+    source = upload.source
+    if upload.size <= _SMALL:
+        source = b"".join(verified(upload))
+    operation = CommitOperationAdd(path, b"")
+    operation.path_or_fileobj = source if isinstance(source, bytes) else str(source)
+    operation.upload_info = UploadInfo(upload.size, _sample(source), bytes.fromhex(upload.sha256))
     return operation
+
+
+def _sample(source: Any) -> bytes:
+    """The first bytes, by which the hub tells text from binary."""
+    if isinstance(source, bytes):
+        return source[:_SAMPLE]
+    with source.open("rb") as file:
+        return cast(bytes, file.read(_SAMPLE))
 
 
 def _version(etag: str, commit: str) -> str:
