@@ -7,49 +7,32 @@ as well, where PEFT and others look. Both are one object in the hub's storage.
 """
 
 import dataclasses
-import datetime
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-from mttl_storage.errors import Conflict, NotFound, StorageError
+from mttl_storage.errors import NotFound
 from mttl_storage.names import PRIVATE
 from mttl_storage.retrying import Failure
 from mttl_storage.store.base import Entry, Staging
-from mttl_storage.store.hub_client import TIMEOUT, connect, failure_of, quiet
-from mttl_storage.store.remote import ANY, Body, RemoteStore, upload_of
-from mttl_storage.store.transfer import CHUNK, Stored, Upload, in_parallel, verified
-from mttl_storage.uri import hub_parts
+from mttl_storage.store.hub_client import quiet
+from mttl_storage.store.hub_reading import Head, HubFiles, blob_of
+from mttl_storage.store.remote import ANY, upload_of
+from mttl_storage.store.transfer import Stored, Upload, in_parallel, verified
 
 from huggingface_hub import (  # isort: skip  # after hub_client, which says how to install it
     CommitOperationAdd,
     CommitOperationCopy,
     CommitOperationDelete,
-    HfApi,
-    get_session,
-    hf_hub_url,
 )
-from huggingface_hub.hf_api import RepoFile  # isort: skip
 from huggingface_hub.lfs import UploadInfo  # isort: skip
-from huggingface_hub.utils._headers import build_hf_headers  # isort: skip
-from huggingface_hub.utils._http import hf_raise_for_status  # isort: skip
 
-BRANCH = "main"
-_REDIRECTS = 5
 _SAMPLE = 512
 _PATHS_AT_ONCE = 500
 """How many paths to ask for in one request; the hub takes no more than 1,000."""
 _SMALL = 1 << 20
 """Bytes up to which a file is held in memory while it is committed."""
-
-
-class _Head(NamedTuple):
-    """The newest commit of the hub, and one file as it has it."""
-
-    commit: str
-    entry: Entry | None
 
 
 @dataclasses.dataclass
@@ -59,7 +42,7 @@ class _Staging(Staging):
     folder: tempfile.TemporaryDirectory[str] | None = None
 
 
-class HubStore(RemoteStore):
+class HubStore(HubFiles):
     """Files of the main branch of one repository."""
 
     protocol = "hf"
@@ -73,109 +56,12 @@ class HubStore(RemoteStore):
 
     def __init__(self, root: str, **kwargs: Any) -> None:
         """A store for ``user/repo`` or ``datasets/user/repo``; nothing is contacted yet."""
-        self._kind, self._repo = hub_parts(root)
         super().__init__(root=root, **kwargs)
         self.shown_folder = "datasets/" if self._kind == "dataset" else "experts/"
-
-    @cached_property
-    def _connection(self) -> tuple[HfApi, str]:
-        return connect(self._token)
-
-    @property
-    def _api(self) -> HfApi:
-        return self._connection[0]
-
-    @property
-    def _where(self) -> dict[str, Any]:
-        return {"repo_id": self._repo, "repo_type": self._kind}
 
     def prepare(self) -> None:
         """Make the repository on the hub, if there is none; the owner's defaults hold for it."""
         self._ask("create", "", lambda: self._api.create_repo(**self._where, exist_ok=True))
-
-    # Reading.
-
-    def _request(self, method: str, key: str, **headers: str) -> Any:
-        url = hf_hub_url(
-            self._repo, key, repo_type=self._kind, revision=BRANCH, endpoint=self._api.endpoint
-        )
-        session, api = get_session(), self._api
-        credentials = build_hf_headers(token=api.token, library_name=api.library_name)
-        request = session.build_request(
-            method,
-            url,
-            headers={**credentials, "Accept-Encoding": "identity", **headers},
-            timeout=TIMEOUT,
-        )
-        return session.send(request, stream=True, follow_redirects=method == "GET")
-
-    def _look(self, key: str) -> _Head:
-        """The newest commit and the file in it, by one request."""
-        response = self._request("HEAD", key)
-        response.close()
-        # A file outside of git is a redirect to it, which says what it is. Others mean that the
-        # repository has a new name.
-        for _ in range(_REDIRECTS):
-            if "X-Linked-Etag" in response.headers or response.next_request is None:
-                break
-            response = get_session().send(response.next_request, stream=True)
-            response.close()
-        headers, commit = response.headers, response.headers.get("X-Repo-Commit")
-        missing = headers.get("X-Error-Code") == "EntryNotFound"
-        if not missing and "X-Linked-Etag" not in headers:
-            hf_raise_for_status(response)
-        if commit is None:
-            raise StorageError(f"the hub does not say which commit of {self.address!r} it shows")
-        if missing:
-            return _Head(commit, None)
-        etag = headers.get("X-Linked-Etag") or headers.get("ETag", "")
-        size = int(headers.get("X-Linked-Size") or headers.get("Content-Length", "0"))
-        return _Head(commit, Entry(key, size, 0.0, _version(etag, commit)))
-
-    def _newest_commit(self) -> str:
-        branches = self._api.list_repo_refs(**self._where).branches
-        commit: str = next(each.target_commit for each in branches if each.name == BRANCH)
-        return commit
-
-    def _find(self, key: str) -> Entry:
-        entry = self._look(key).entry
-        if entry is None:
-            raise NotFound(f"{self.address_of(key)!r} does not exist")
-        return entry
-
-    def _get(self, key: str, first: int, last: int | None, version: str | None) -> Body:
-        span = {} if not first and last is None else {"Range": f"bytes={first}-{_end(last)}"}
-        response = self._request("GET", key, **span)
-        if response.status_code == 416:
-            response.close()
-            return Body(first, version or "", iter(()))
-        try:
-            hf_raise_for_status(response)
-        except BaseException:
-            response.close()
-            raise
-        etag = response.headers.get("ETag", "")
-        if version and etag != version:
-            response.close()
-            raise Conflict(
-                f"{self.address_of(key)!r} was replaced while it was read; read it again"
-            )
-        whole = response.headers.get("Content-Range", "").rpartition("/")[2]
-        size = int(whole or response.headers.get("Content-Length", 0))
-        skip = first if response.status_code == 200 else 0
-        return Body(size, etag, _content(response, skip))
-
-    def _list(self, folder: str, recursive: bool) -> Iterator[Entry | str]:
-        commit = self._newest_commit()
-        found = self._api.list_repo_tree(
-            **self._where, path_in_repo=folder or None, recursive=recursive, revision=commit
-        )
-        for each in found:
-            if isinstance(each, RepoFile):
-                blob = each.lfs.sha256 if each.lfs else each.blob_id
-                yield Entry(each.path, each.size, 0.0, _version(blob, commit))
-            elif not recursive:
-                yield each.path
 
     # Writing: every change is one commit on top of the one that was looked at.
 
@@ -256,7 +142,7 @@ class HubStore(RemoteStore):
         """Fresh operations: those of an earlier try remember what the repository had then."""
         return [_addition(path, upload) for path, upload in files.items()]
 
-    def _commit(self, operations: list[Any], head: _Head, message: str) -> str:
+    def _commit(self, operations: list[Any], head: Head, message: str) -> str:
         additions = [each for each in operations if isinstance(each, CommitOperationAdd)]
         self._preupload(additions)
         with quiet():
@@ -272,7 +158,7 @@ class HubStore(RemoteStore):
     def _write(self, key: str, upload: Upload, expected: str | None) -> str | None:
         head = self._look(key)
         found = head.entry.version if head.entry else None
-        if expected != ANY and _blob(found) != _blob(expected):
+        if expected != ANY and blob_of(found) != blob_of(expected):
             return None
         self._commit(self._additions({key: upload}), head, f"Write {key}")
         return self._find(key).version
@@ -285,7 +171,7 @@ class HubStore(RemoteStore):
         files = {self._strip_protocol(each): upload_of(bytes(data)) for each, data in path.items()}
 
         def write() -> None:
-            head = _Head(self._newest_commit(), None)
+            head = Head(self._newest_commit(), None)
             self._commit(self._additions(files), head, f"Write {len(files)} files")
 
         if files:
@@ -297,7 +183,7 @@ class HubStore(RemoteStore):
             operations = self._deletions(keys, commit)
             if keys and not operations:
                 raise NotFound(f"{self.address_of(keys[0])!r} does not exist")
-            self._commit(operations, _Head(commit, None), f"Delete {len(keys)} files")
+            self._commit(operations, Head(commit, None), f"Delete {len(keys)} files")
 
         if keys:
             self._ask("delete", keys[0], delete)
@@ -330,27 +216,6 @@ class HubStore(RemoteStore):
         gone = deleted or (bool(lost) and self._entry_or_none(first) is None)
         return list(entries) if gone else []
 
-    def created(self, path: str) -> datetime.datetime:
-        """When the file was last committed; the hub keeps no other time."""
-        return self.modified(path)
-
-    def modified(self, path: str) -> datetime.datetime:
-        """When the file was last committed."""
-        key = self._strip_protocol(path)
-        found = self._ask(
-            "read", key, lambda: self._api.get_paths_info(paths=[key], expand=True, **self._where)
-        )
-        if not found or not isinstance(found[0], RepoFile) or found[0].last_commit is None:
-            raise NotFound(f"{self.address_of(key)!r} does not exist")
-        moment: datetime.datetime = found[0].last_commit.date
-        return moment
-
-    def _failure(self, error: Exception, doing: str, key: str) -> Failure | None:
-        if isinstance(error, StorageError):
-            return None
-        where = self.address_of(key) if key else self.address
-        return failure_of(error, f"cannot {doing} {where!r}", self._connection[1])
-
 
 def _addition(path: str, upload: Upload) -> CommitOperationAdd:
     """The operation for a file whose digest is known, so that the client need not find it."""
@@ -369,26 +234,3 @@ def _sample(source: Any) -> bytes:
         return source[:_SAMPLE]
     with source.open("rb") as file:
         return cast(bytes, file.read(_SAMPLE))
-
-
-def _version(etag: str, commit: str) -> str:
-    """What tells a file's content, and the commit in which it was seen."""
-    return f"{etag.removeprefix('W/').strip(chr(34))}@{commit}"
-
-
-def _blob(version: str | None) -> str | None:
-    return version and version.partition("@")[0]
-
-
-def _end(last: int | None) -> str:
-    return "" if last is None else str(last - 1)
-
-
-def _content(response: Any, skip: int) -> Iterator[bytes]:
-    """The body, from a byte on where the server sent all of it; the connection is given back."""
-    try:
-        for chunk in response.iter_bytes(CHUNK):
-            yield chunk[skip:]
-            skip = max(0, skip - len(chunk))
-    finally:
-        response.close()
