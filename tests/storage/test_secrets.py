@@ -82,11 +82,11 @@ def test_a_credential_shows_nowhere(place, all_logs):
 def test_a_broken_connection_or_a_refusal_shows_no_signature(
     azurite, monkeypatch, new_address, error, all_logs
 ):
-    from mttl_storage.store import azure
+    from mttl_storage.store import azure_answers
 
     address = new_address("az")
     port = azurite.port if error == "wrong" else 9
-    monkeypatch.setattr(azure, "CONNECT_PATIENCE", 0.1)
+    monkeypatch.setattr(azure_answers, "CONNECT_PATIENCE", 0.1)
     monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING")
     monkeypatch.setenv("AZURE_STORAGE_SERVICE_ENDPOINT", f"http://127.0.0.1:{port}")
     sas = "sv=2025-01-05&ss=b&srt=sco&sp=rwdlac&se=2099-01-01T00:00:00Z&sig=SECRETsignature%3D"

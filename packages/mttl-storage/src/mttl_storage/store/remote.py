@@ -5,22 +5,17 @@ whose answer was lost, and the fsspec interface are here.
 """
 
 import hashlib
-import os
 import random
-import tempfile
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import IO, Any, NamedTuple, Self, TypeVar
-
-from fsspec.spec import AbstractBufferedFile
 
 from mttl_storage.errors import Conflict, NotFound, StorageError
 from mttl_storage.retrying import Failure, patiently
 from mttl_storage.secrets import Secret
 from mttl_storage.store.base import Entry, Store
-from mttl_storage.store.disk import WholeFile
+from mttl_storage.store.remote_files import Draft, Reader
 from mttl_storage.store.transfer import Upload
 
 ANY = "*"
@@ -137,6 +132,11 @@ class RemoteStore(Store):
             if entry and entry.size == upload.size and self.sha256(key) == upload.sha256:
                 return entry.version
         return version
+
+    def put_upload(self, key: str, upload: Upload, new: bool) -> None:
+        """Write a whole file; FileExistsError if it must be new and is not."""
+        if self._put(key, upload, None if new else ANY) is None:
+            raise FileExistsError(f"{self.address_of(key)!r} was created meanwhile")
 
     def _upload(self, key: str, upload: Upload) -> None:
         # Of a small file it is cheaper to send it than to ask for it first.
@@ -289,7 +289,7 @@ class RemoteStore(Store):
     ) -> IO[bytes]:
         key = self._strip_protocol(path)
         if mode == "rb":
-            return _Reader(self, key, **kwargs)
+            return Reader(self, key, **kwargs)
         if mode not in ("wb", "xb", "ab"):
             raise ValueError(f"files here are whole: mode {mode!r} is not 'r', 'w', 'x' or 'a'")
         there = self._entry_or_none(key)
@@ -297,36 +297,11 @@ class RemoteStore(Store):
             raise IsADirectoryError(f"{self.address_of(key)!r} is a folder")
         if there is not None and mode == "xb":
             raise FileExistsError(f"{self.address_of(key)!r} exists")
-        file = _Draft(self, key, mode, autocommit)
+        file = Draft(self, key, mode, autocommit)
         if there is not None and mode == "ab":
             for chunk in self._stream(key, 0, None):
                 file.write(chunk)
         return file
-
-
-class _Reader(AbstractBufferedFile):  # type: ignore[misc]
-    """A file open for reading, fetched in ranges as it is read."""
-
-    def _fetch_range(self, start: int, end: int) -> bytes:
-        data: bytes = self.fs.cat_file(self.path, start=start, end=end)
-        return data
-
-
-class _Draft(WholeFile):
-    """A file being written on the local disk; it is uploaded, whole, when closed."""
-
-    def __init__(self, store: RemoteStore, key: str, mode: str, autocommit: bool) -> None:
-        super().__init__(os.path.join(tempfile.gettempdir(), "draft"), "wb", autocommit)  # noqa: PTH118
-        self._store, self._key, self._must_be_new = store, key, mode == "xb"
-
-    def _place(self, temporary: str) -> None:
-        path = Path(temporary)
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        upload = Upload(path, path.stat().st_size, sha256)
-        expected = None if self._must_be_new else ANY
-        if self._store._put(self._key, upload, expected) is None:
-            raise FileExistsError(f"{self._store.address_of(self._key)!r} was created meanwhile")
 
 
 def upload_of(data: bytes) -> Upload:
