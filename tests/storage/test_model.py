@@ -2,32 +2,35 @@
 
 import itertools
 
-from hypothesis import settings
+import pytest
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from mttl_storage import Conflict, NotFound, Repository
 
-NAMES = st.sampled_from(["a", "b", "c", "d/e", "d/f"])
+NAMES = st.sampled_from(["a", "b", "d/e", "experts/g", "experts/h"])
 CONTENT = st.binary(max_size=2)
 CLIENTS = st.integers(0, 1)
-_numbers = itertools.count()
 
 
 class TwoClients(RuleBasedStateMachine):
     """Each client sees a copy of the model from when it last wrote or refreshed."""
 
-    def __init__(self):
+    def __init__(self, uri, count):
         super().__init__()
-        self.uri = f"virtual://model-{next(_numbers)}"
+        self.uri, self.count = uri, count
         self.clients = [Repository.open(self.uri, create=True) for _ in range(2)]
         self.model, self.gone = {}, {}
         self.changed = {}  # name -> generation of its last change, if anything is known of it
         self.seen = [{}, {}]  # the same, as each client last saw it
         self.generation = 0
-
-    def teardown(self):
-        self.clients[0].store.rm("", recursive=True)
 
     def expect(self, client, names, wanted, action):
         """Do one step in the repository and say whether the model should follow.
@@ -120,7 +123,40 @@ class TwoClients(RuleBasedStateMachine):
         assert found == self.model
         assert newest.removed().keys() == self.gone.keys()
         assert newest.generation == self.generation
+        next(self.count)
+
+    @invariant()
+    def the_hub_shows_the_experts(self):
+        store = self.clients[0].store
+        if folder := store.shown_folder:
+            shown = {k: store.cat_file(k) for k in store.find("") if not k.startswith(".")}
+            experts = {n: content for n, (content, _) in self.model.items() if n.startswith(folder)}
+            assert shown == {f"{n.removeprefix(folder)}/f": c for n, c in experts.items()}
 
 
-TestTwoClients = TwoClients.TestCase
-TestTwoClients.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+def full(*numbers):
+    return pytest.param(*numbers, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "runs", "steps"),
+    [
+        ("virtual", 25, 30),
+        ("local", 10, 30),
+        ("az", 2, 15),
+        ("hf", 2, 15),
+        *(full(scheme, 63, 40) for scheme in ("virtual", "local", "az", "hf")),
+    ],
+)
+def test_two_clients_agree_with_a_dict_after_every_step(new_address, scheme, runs, steps):
+    count = itertools.count()
+    run_state_machine_as_test(
+        lambda: TwoClients(new_address(scheme), count),
+        settings=settings(
+            max_examples=runs,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    assert next(count) >= 0.8 * runs * steps  # 2,000 of the full runs; some end early

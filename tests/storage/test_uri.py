@@ -1,8 +1,11 @@
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mttl_storage import parse_uri
+from mttl_storage import InvalidName, Repository, filesystem, parse_uri
 
 
 @pytest.mark.parametrize("form", ["local://lib/x", "lib/x", "./lib/x", Path("lib/x"), "lib/y/../x"])
@@ -53,3 +56,84 @@ def test_a_credential_in_an_address_is_refused_and_not_shown(bad):
     with pytest.raises(ValueError, match="token=") as caught:
         parse_uri(bad)
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "canonical"),
+    [
+        ("az://account/container", "az://account/container"),
+        ("AZ://account/container/", "az://account/container"),
+        ("az://account/container//deep/er/", "az://account/container/deep/er"),
+        ("az://account/$web", "az://account/$web"),
+        ("az://acc/a-1/Ünïcode and space", "az://acc/a-1/Ünïcode and space"),
+        ("hf://user/repo", "hf://user/repo"),
+        ("hf://datasets/user/Repo_1.x-y/", "hf://datasets/user/Repo_1.x-y"),
+    ],
+)
+def test_distant_addresses_have_one_form(address, canonical):
+    assert str(parse_uri(address)) == canonical
+    assert parse_uri(canonical) == parse_uri(address)
+
+
+@pytest.mark.parametrize(
+    ("container", "legal"),
+    [
+        ("my_lora_library", "my-lora-library"),
+        ("MyLibrary", "mylibrary"),
+        ("a--b", "a-b"),
+        ("-a-b-", "a-b"),
+        ("ab", "ab-library"),
+        ("x" * 64, "x" * 63),
+        ("été", "t-library"),
+        ("___", "library"),
+    ],
+)
+def test_an_illegal_container_is_refused_with_a_legal_one(container, legal):
+    with pytest.raises(ValueError, match="Azure allows no container") as caught:
+        parse_uri(f"az://account/{container}/path")
+    assert repr(legal) in str(caught.value)
+    assert parse_uri(f"az://account/{legal}/path")
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ("az://account", "names no container"),
+        ("az://account/", "names no container"),
+        ("az://My_Account/container", "3 to 24 lower-case letters and digits"),
+        ("az://ab/container", "3 to 24 lower-case letters and digits"),
+        ("az://account/container/../other", "has a part that cannot be used"),
+        ("az://account/container/a\x01", "has a part that cannot be used"),
+        ("az://account/container/" + "x" * 200, "at most 150"),
+        ("hf://user", "names no repository"),
+        ("hf://datasets/user", "names no repository"),
+        ("hf://user/repo/more", "names no repository"),
+        ("hf://user/re--po", "'re-po' would be"),
+        ("hf://user/repo.git", "'repo' would be"),
+        ("hf://user/-repo", "'repo' would be"),
+        ("hf://us er/repo", "'us-er' would be"),
+        ("hf://user/" + "x" * 97, "up to 96 letters"),
+        ("hf://datasets/user/a..b", "'a.b' would be"),
+    ],
+)
+def test_an_address_that_a_service_would_refuse_says_what_is_legal(bad, says):
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        parse_uri(bad)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.text(max_size=80).filter(lambda text: not set(text) & set("/?#@")))
+def test_what_is_proposed_is_always_legal(name):
+    for form in ("az://account/{}/path", "hf://user/{}", "hf://datasets/{}/repo"):
+        try:
+            parse_uri(form.format(name))
+        except ValueError as error:
+            for proposed in re.findall(r"; '([^']*)' would be", str(error)):
+                parse_uri(form.format(proposed))
+
+
+@pytest.mark.parametrize("open_it", [filesystem, Repository.open])
+@pytest.mark.parametrize("bad", ["az://account/my_lora_library", "hf://user/re--po", "s3://x/y"])
+def test_an_illegal_address_is_refused_before_anything_is_asked(open_it, bad):
+    with pytest.raises(InvalidName):
+        open_it(bad)

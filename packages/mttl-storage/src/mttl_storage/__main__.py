@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (mttl_storage.StorageError, ValueError) as error:
+    except (mttl_storage.StorageError, ValueError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
 

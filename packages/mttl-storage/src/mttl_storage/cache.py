@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from platformdirs import user_cache_path
 
-from mttl_storage.errors import translated
+from mttl_storage.errors import StorageError, translated
 from mttl_storage.items import FileEntry, Item
 from mttl_storage.store.base import Store
 from mttl_storage.store.disk import lock, make_folders
@@ -50,24 +50,40 @@ def fetch(store: Store, key: str, entry: FileEntry, target: Path) -> None:
     downloads and the others wait for it.
     """
     partial = target.with_name(f".{entry.sha256}.part")
-    with translated("write", str(target)):
+    with _in_the_way(target), translated("write", str(target)):
+        if _is_right(target, entry):
+            return
         make_folders(str(target.parent))
         with _locked(partial) as file:
-            if _is_right(target, entry):  # from before, or someone else was first
+            if _is_right(target, entry):  # someone else was first
+                partial.unlink()
                 return
-            start = file.seek(0, os.SEEK_END)
-            if not _complete(store, key, entry, file):
-                # What was there before may be at fault, so once more from the start.
+            for _ in range(2):
+                found = _completed(store, key, entry, file)
+                if found == entry:
+                    break
+                # What was there before may be at fault, or the way, so once more from the start.
                 file.truncate(0)
-                if start == 0 or not _complete(store, key, entry, file):
-                    partial.unlink()
-                    store.check(key, *entry)
+            else:
+                partial.unlink()
+                store._compare(key, *entry, *found)
             os.fsync(file.fileno())
             partial.replace(target)
 
 
-def _complete(store: Store, key: str, entry: FileEntry, file: BinaryIO) -> bool:
-    """Append what is missing; whether the whole is right."""
+@contextlib.contextmanager
+def _in_the_way(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+        raise StorageError(
+            f"cannot write {str(target)!r}: {error.strerror or error}; something else is in its "
+            "place or in that of a folder above it, so move that away"
+        ) from None
+
+
+def _completed(store: Store, key: str, entry: FileEntry, file: BinaryIO) -> FileEntry:
+    """What the file is after appending what was missing."""
     file.seek(0)
     hashed = hashlib.sha256()
     while chunk := file.read(CHUNK):
@@ -77,7 +93,7 @@ def _complete(store: Store, key: str, entry: FileEntry, file: BinaryIO) -> bool:
             hashed.update(chunk)
             file.write(chunk)
         file.flush()
-    return hashed.hexdigest() == entry.sha256
+    return FileEntry(file.tell(), hashed.hexdigest())
 
 
 def _is_right(target: Path, entry: FileEntry) -> bool:

@@ -1,9 +1,12 @@
 """Items: immutable folders of files, and the small record that the log keeps of each."""
 
+import datetime
+import functools
 import gc
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +14,14 @@ from typing import Any, NamedTuple
 
 from mttl_storage.errors import Corrupt, translated
 from mttl_storage.names import ancestors, check_name, fold
-from mttl_storage.sealed import to_json
+from mttl_storage.sealed import from_json, to_json
 from mttl_storage.store.transfer import CHUNK, Upload, in_parallel
 
 INFO_LIMIT = 1 << 18
 """Most bytes of JSON in the info of one item; listing reads all of it."""
+_DEPTH_LIMIT = 100
+"""Most objects and lists inside one another in an info; Python's own limit depends on the caller"""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class FileEntry(NamedTuple):
@@ -66,6 +72,8 @@ def encode_line(name: str, record: Mapping[str, Any]) -> bytes:
 
 def name_of_line(line: bytes) -> str:
     """The name on a line, without parsing the rest. Names hold no quotes."""
+    if not line.startswith(b'["'):
+        raise ValueError(f"{line[:80]!r} does not begin with a name")
     quoted = line[1 : line.index(b'"', 2) + 1]
     if b"\\" not in quoted:
         return quoted[1:-1].decode()
@@ -84,15 +92,23 @@ def decode_lines(lines: Sequence[bytes]) -> list[Item]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return [_item(name, record) for name, record in json.loads(b"[%s]" % b",".join(lines))]
+        items = [_item(name, record) for name, record in from_json(b"[%s]" % b",".join(lines))]
+        if [item.name for item in items] != list(map(name_of_line, lines)):
+            raise ValueError("a line holds more than a record")
+        return items
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise Corrupt(f"the record {lines[0][:80]!r} cannot be read: {error!r}") from None
+        first = f"the record {lines[0][:80]!r}" + " or one after it" * (len(lines) > 1)
+        raise Corrupt(f"{first} cannot be read: {error!r:.200}; run verify") from None
     finally:
         if collecting:
             gc.enable()
 
 
 def _item(name: str, record: Mapping[str, Any]) -> Item:
+    check_record(name, record)
+    check_time(record["time"])
+    if type(record["generation"]) is not int:
+        raise TypeError(f"{record['generation']!r:.80} is no generation")
     return Item(
         name,
         record["digest"],
@@ -102,6 +118,43 @@ def _item(name: str, record: Mapping[str, Any]) -> Item:
         record["time"],
         record.get("home", name),
     )
+
+
+def check_record(name: str, record: Mapping[str, Any]) -> None:
+    """Raise ValueError, or TypeError and the like, for a record that no version has written.
+
+    Its names become paths, and its log may be from elsewhere.
+    """
+    check_name(name)
+    if "home" in record:
+        check_name(record["home"])
+    check_digest(record["digest"])
+    if not isinstance(record["info"], dict):
+        raise TypeError(f"the info is {type(record['info']).__name__}, not an object")
+    for file, (size, sha256) in record["files"].items():
+        _check_file_name(file)
+        check_digest(sha256)
+        if type(size) is not int or not 0 <= size < 1 << 63:
+            raise ValueError(f"{size!r:.80} is no size")
+
+
+@functools.lru_cache(1000)
+def _check_file_name(name: str) -> None:
+    check_name(name, "file name")
+
+
+def check_digest(text: str) -> str:
+    """The text itself, if it is a SHA-256 in hexadecimal."""
+    if not _DIGEST.fullmatch(text):
+        raise ValueError(f"{text!r:.80} is no SHA-256")
+    return text
+
+
+def check_time(text: str) -> str:
+    """The text itself, if it is a moment in ISO 8601, with its zone."""
+    if datetime.datetime.fromisoformat(text).utcoffset() is None:
+        raise ValueError(f"{text!r:.80} has no time zone")
+    return text
 
 
 def to_record(name: str, item: Item) -> dict[str, Any]:
@@ -130,7 +183,7 @@ def checked_info(info: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(info, Mapping):
         raise TypeError(f"info must be a mapping, not {type(info).__name__}")
-    _check_keys(info)
+    _check_keys(info, _DEPTH_LIMIT)
     try:
         text = to_json(dict(info))
     except (TypeError, ValueError, RecursionError) as error:
@@ -144,15 +197,17 @@ def checked_info(info: Mapping[str, Any] | None) -> dict[str, Any]:
     return checked
 
 
-def _check_keys(value: Any) -> None:
+def _check_keys(value: Any, depth: int) -> None:
+    if not depth:
+        raise ValueError(f"info must be nested less than {_DEPTH_LIMIT} deep")
     if isinstance(value, Mapping):
         for key, each in value.items():
             if not isinstance(key, str):
                 raise ValueError(f"info must be JSON, whose keys are str: {key!r} is not")
-            _check_keys(each)
+            _check_keys(each, depth - 1)
     elif isinstance(value, (list, tuple)):
         for each in value:
-            _check_keys(each)
+            _check_keys(each, depth - 1)
 
 
 Files = Mapping[str, bytes | os.PathLike[str] | Upload]

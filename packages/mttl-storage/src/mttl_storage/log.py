@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mttl_storage.errors import Corrupt, NotFound
+from mttl_storage.items import check_digest, check_time
 from mttl_storage.names import PRIVATE
 from mttl_storage.sealed import FORMAT, digest_of, parse, seal, to_json, unseal
-from mttl_storage.state import State
+from mttl_storage.state import State, check_change
 from mttl_storage.store.base import Store
 
 SNAPSHOT_EVERY = 100
@@ -22,6 +23,8 @@ IDENTITY = f"{PRIVATE}/repository.json"
 HEAD = f"{PRIVATE}/head.json"
 SNAPSHOTS = f"{PRIVATE}/snapshots"
 LOG = f"{PRIVATE}/log"
+_END = 10**10
+"""Generations are below this, for their names have ten digits."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,16 @@ class LogEntry:
         del value["format"]
         try:
             entry = cls(**value)
-        except TypeError as error:
-            raise Corrupt(f"{where!r} is not a log entry: {error}") from None
-        if not (isinstance(entry.changes, list) and isinstance(entry.generation, int)):
-            raise Corrupt(f"{where!r} is not a log entry")
+            if not (type(entry.generation) is int and isinstance(entry.changes, list)):
+                raise TypeError(f"generation {entry.generation!r:.80} with {type(entry.changes)}")
+            if not (isinstance(entry.message, str) and isinstance(entry.transaction, str)):
+                raise TypeError("message and transaction must be text")
+            check_digest(entry.chain)
+            check_time(entry.time)
+            for change in entry.changes:
+                check_change(change)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise Corrupt(f"{where!r} is not a log entry: {error!r:.200}") from None
         return entry
 
     def commit(self) -> Commit:
@@ -205,8 +214,8 @@ class Log:
             return 0
         where = self.store.address_of(HEAD)
         found = parse(unseal(data, where), where).get("snapshot")
-        if not isinstance(found, int):
-            raise Corrupt(f"{where!r} names no snapshot: {found!r}")
+        if not (isinstance(found, int) and 0 <= found < _END):
+            raise Corrupt(f"{where!r} names no snapshot: {found!r:.80}")
         return found
 
     def _from_snapshot(self, generation: int) -> State | None:
@@ -233,7 +242,7 @@ class Log:
         where = self.store.address_of(entry_key(generation))
         entry = LogEntry.from_bytes(body, where)
         if entry.generation != generation:
-            raise Corrupt(f"{where!r} is the entry of generation {entry.generation}")
+            raise Corrupt(f"{where!r} is the entry of generation {entry.generation!r:.80}")
         return entry, digest_of(body)
 
     def _body(self, key: str) -> bytes | None:
@@ -246,8 +255,8 @@ def apply_all(state: State, changes: Iterable[Mapping[str, Any]], where: str) ->
     try:
         for change in changes:
             state.apply(change)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Corrupt(f"{where!r} holds a change that cannot be applied: {error!r}") from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise Corrupt(f"{where!r} holds a change that cannot be applied: {error!r:.200}") from None
 
 
 def snapshot_files(state: State) -> dict[str, bytes]:

@@ -41,11 +41,16 @@ def shown_files(
 
 def _shown(store: Store, state: State, names: Iterable[str]) -> Iterator[tuple[str, str]]:
     for name in names:
-        if name in state.live and name.startswith(store.shown_folder):
-            item = state.item(name)
-            for file in item.files:
-                path = f"{name.removeprefix(store.shown_folder)}/{file}"
-                yield path, key_of(store, item, file)
+        if name in state.live:
+            yield from shown(store, state.item(name))
+
+
+def shown(store: Store, item: Item) -> Iterator[tuple[str, str]]:
+    """Where a hub shows the files of an item: each path, and the key of the file itself."""
+    if store.shown_folder and item.name.startswith(store.shown_folder):
+        for file in item.files:
+            path = f"{item.name.removeprefix(store.shown_folder)}/{file}"
+            yield path, key_of(store, item, file)
 
 
 def materialize(store: Store, items: Iterable[Item], dest: Path) -> Path:

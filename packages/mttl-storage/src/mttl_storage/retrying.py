@@ -18,11 +18,14 @@ from mttl_storage.errors import StorageError, Throttled
 PATIENCE = 120.0
 """Seconds to go on asking."""
 LONGEST_PAUSE = 8.0
-"""Seconds between two tries, unless the store itself asks for more."""
+"""Seconds between two tries while the store is busy, unless it asks for more itself."""
+LONGEST_PAUSE_IF_BROKEN = 2.0
+"""Seconds between two tries after a fault that does not tell of a busy store."""
 
 _Answer = TypeVar("_Answer")
 _short_pause = wait_random(0, 0.3)
 _pause = wait_random_exponential(multiplier=0.25, max=LONGEST_PAUSE)
+_pause_if_broken = wait_random_exponential(multiplier=0.25, max=LONGEST_PAUSE_IF_BROKEN)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,9 @@ def patiently(
 
 def _wait(state: RetryCallState) -> float:
     failure = _failure(state)
-    pause = _short_pause if failure.crowded else _pause
+    if failure.crowded:
+        return _short_pause(state)
+    pause = _pause if isinstance(failure.error, Throttled) else _pause_if_broken
     return max(pause(state), failure.wait)
 
 

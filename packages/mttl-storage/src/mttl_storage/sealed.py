@@ -6,6 +6,7 @@ One flipped bit anywhere in it is Corrupt.
 
 import hashlib
 import json
+import math
 from typing import Any
 
 from mttl_storage.errors import Corrupt, StorageError
@@ -34,25 +35,40 @@ def unseal(data: bytes, where: str) -> bytes:
     return body
 
 
+def from_json(data: bytes) -> Any:
+    """The value in JSON, or ValueError. NaN and infinities are not JSON, though json reads them."""
+    return _DECODER.decode(data.decode())
+
+
 def parse(line: bytes, where: str) -> dict[str, Any]:
     """The JSON object on a line, of a format that this version reads."""
     try:
-        value = json.loads(line)
+        value = from_json(line)
     except (ValueError, RecursionError) as error:
-        raise Corrupt(f"{where!r} is not JSON: {error}") from None
+        raise Corrupt(f"{where!r} is not JSON: {error!s:.200}") from None
     if not isinstance(value, dict):
         raise Corrupt(f"{where!r} holds {type(value).__name__}, not a JSON object")
     found = value.get("format")
     if isinstance(found, int) and found > FORMAT:
-        raise StorageError(f"{where!r} has format {found}; this version reads up to {FORMAT}")
+        raise StorageError(f"{where!r} has format {found!r:.80}; this version reads up to {FORMAT}")
     if found != FORMAT:
-        raise Corrupt(f"{where!r} has no known format: {found!r}")
+        raise Corrupt(f"{where!r} has no known format: {found!r:.80}")
     return value
 
 
 def digest_of(body: bytes) -> str:
     """SHA-256 of a body, which the next log entry names."""
     return hashlib.sha256(body).hexdigest()
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.80} is no number of JSON")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 
 
 def _header(body: bytes) -> bytes:

@@ -7,8 +7,17 @@ from functools import cached_property
 from typing import Any
 
 from mttl_storage.errors import Conflict, Corrupt, NotFound
-from mttl_storage.items import Item, decode_line, decode_lines, encode_line, name_of_line
-from mttl_storage.names import ancestors, fold
+from mttl_storage.items import (
+    Item,
+    check_digest,
+    check_record,
+    check_time,
+    decode_line,
+    decode_lines,
+    encode_line,
+    name_of_line,
+)
+from mttl_storage.names import ancestors, check_name, fold
 from mttl_storage.sealed import FORMAT, parse, to_json
 
 KINDS = ("add", "replace", "info", "rename", "remove", "restore", "forget")
@@ -98,7 +107,7 @@ class State:
 
     def _leave(self, name: str) -> None:
         if self._folded is not None:
-            del self._folded[fold(name)]
+            self._folded.pop(fold(name), None)  # a log from elsewhere may have two alike
             for folder in ancestors(fold(name)):
                 self._folders[folder] -= 1
                 if not self._folders[folder]:
@@ -147,19 +156,38 @@ class State:
     @classmethod
     def from_bytes(cls, body: bytes, where: str) -> "State":
         """The state in the body of a snapshot, or Corrupt."""
-        first, *lines = body.splitlines()
+        first, *lines = body.splitlines() or [b""]
         header = parse(first, where)
         try:
-            count = header["live"]
+            count, generation = header["live"], header["generation"]
+            if not (type(count) is type(generation) is int and 0 <= count <= len(lines)):
+                raise ValueError(f"{count!r} live items in generation {generation!r}")
             return cls(
-                int(header["generation"]),
-                str(header["chain"]),
-                str(header["time"]),
+                generation,
+                check_digest(header["chain"]),
+                check_time(header["time"]),
                 _by_name(lines[:count]),
                 _by_name(lines[count:]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise Corrupt(f"{where!r} is not a snapshot: {error!r}") from None
+            raise Corrupt(f"{where!r} is not a snapshot: {error!r:.200}") from None
+
+
+def check_change(change: Mapping[str, Any]) -> None:
+    """Raise ValueError, or TypeError and the like, for a change that no version has written."""
+    kind, name = change["kind"], change["name"]
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of change {kind!r:.80}")
+    if kind == "forget":
+        check_name(name)
+    else:
+        check_record(name, change["item"])
+    if kind == "rename":
+        check_name(change["source"])
+    if "was" in change:
+        home, digest = change["was"]
+        check_name(home)
+        check_digest(digest)
 
 
 def _enter(name: str, folded: dict[str, str], folders: dict[str, int]) -> None:

@@ -11,6 +11,8 @@ SCHEMES = ("local", "virtual", "az", "hf")
 
 _CONTAINER = re.compile(r"(?!.*--)[a-z0-9][a-z0-9-]{1,61}[a-z0-9]|\$root|\$web")
 _ACCOUNT = re.compile(r"[a-z0-9]{3,24}")
+_FOLDER_LIMIT = 150
+"""Most characters in the path of az://, which leaves room for an item, its digest and a file."""
 _HUB_NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 
@@ -103,6 +105,11 @@ def azure_parts(path: str) -> tuple[str, str, str]:
         raise InvalidName(
             f"Azure allows no container {container!r}: 3 to 63 lower-case letters, digits and "
             f"single hyphens are legal; {_legal(container)!r} would be"
+        )
+    if len(folder) > _FOLDER_LIMIT:
+        raise InvalidName(
+            f"the path of an az:// address has {len(folder)} characters; at most {_FOLDER_LIMIT} "
+            "are allowed, since Azure ends names at 1024"
         )
     return account, container, folder
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from mttl_storage.errors import StorageError
 from mttl_storage.items import Item, content_digest, decode_line
 from mttl_storage.log import HEAD, LOG, Change, Log, entry_key, snapshot_key
-from mttl_storage.names import check_name
+from mttl_storage.materializing import shown
+from mttl_storage.names import fold
 from mttl_storage.state import State
 from mttl_storage.store.base import Store
 from mttl_storage.store.transfer import in_parallel
@@ -48,6 +49,8 @@ def verify(store: Store, progress: Progress | None = None) -> list[Problem]:
         return [Problem(store.address, str(error))]
     items = _decoded(newest, problems)
     _verify_files(store, items, problems, progress)
+    if store.shown_folder:
+        problems += _wrongly_shown(log, newest, items)
     return sorted(problems, key=str)
 
 
@@ -107,18 +110,19 @@ def _verify_listing(log: Log, state: State, snapshots: set[int], problems: list[
 
 
 def _decoded(state: State, problems: list[Problem]) -> list[Item]:
-    items = []
+    items: list[Item] = []
+    seen: dict[str, str] = {}
+    for name in state.live:
+        if seen.setdefault(fold(name), name) != name:
+            what = f"it and {seen[fold(name)]!r} are the same where case is ignored; rename one"
+            problems.append(Problem(name, what))
     for name, line in [*state.live.items(), *state.gone.items()]:
         try:
             item = decode_line(line)
-            check_name(name)
-            check_name(item.home)
-            for file in item.files:
-                check_name(file, "file name")
             if content_digest(item.files) != item.digest:
                 problems.append(Problem(name, "its digest is not that of its files"))
             items.append(item)
-        except (StorageError, ValueError, TypeError) as error:
+        except StorageError as error:
             problems.append(Problem(name, str(error)))
     return items
 
@@ -147,6 +151,19 @@ def _verify_files(
                 progress(done[0], len(files), name)
 
     in_parallel(check, files)
+
+
+def _wrongly_shown(log: Log, state: State, items: list[Item]) -> list[Problem]:
+    """What people see by an item's name and is not its file, as someone else's commit can make."""
+    store, problems = log.store, []
+    versions = {entry.key: entry.version for entry in store.scan()}
+    for item in items:
+        for path, key in shown(store, item) if item.name in state.live else ():
+            if versions.get(path) != versions.get(key):
+                what = f"is not the file of {item.name!r}; remove and restore that item"
+                problems.append(Problem(store.address_of(path), what))
+    # If there was a commit meanwhile, then what was listed is not of this state.
+    return problems if problems and log.entry(state.generation + 1) is None else []
 
 
 def differences(a: State, b: State) -> list[Change]:

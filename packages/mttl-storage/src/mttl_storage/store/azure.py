@@ -14,7 +14,13 @@ from mttl_storage.errors import Denied, NotFound
 from mttl_storage.retrying import Failure
 from mttl_storage.secrets import hide
 from mttl_storage.store.azure_account import Account, account_of
-from mttl_storage.store.azure_answers import failure_of, understood, whole_etag
+from mttl_storage.store.azure_answers import (
+    code_of,
+    failure_of,
+    refuse_cut_headers,
+    understood,
+    whole_etag,
+)
 from mttl_storage.store.base import Entry
 from mttl_storage.store.remote import ANY, SMALL, Body, RemoteStore, slices
 from mttl_storage.store.transfer import WORKERS, Upload, in_parallel, verified
@@ -29,6 +35,8 @@ SILENT_SECONDS = 15
 """How long to wait for a connection, and for the next byte on it."""
 BLOCK = SMALL
 """Bytes of one block of a large file, and of one download request."""
+_TAKEN = ("BlobAlreadyExists", "ConditionNotMet")
+"""What Azure says when a condition of a write does not hold."""
 
 
 class AzureStore(RemoteStore):
@@ -61,6 +69,7 @@ class AzureStore(RemoteStore):
             max_chunk_get_size=BLOCK,
             connection_data_block_size=1 << 20,
             logging_enable=False,
+            raw_response_hook=refuse_cut_headers,
         )
         if self._identity.secret:
             hide(self._identity.secret.reveal())
@@ -114,7 +123,10 @@ class AzureStore(RemoteStore):
                 with understood():
                     answer = blob.commit_block_list(blocks, **condition)
         except (ResourceExistsError, ResourceModifiedError) as error:
-            if error.status_code in (409, 412) and expected != ANY:
+            # The code may be cut short. Of other conflicts, such as a policy that forbids to write,
+            # the caller is told.
+            code = code_of(error) or ""
+            if expected != ANY and any(taken.startswith(code) for taken in _TAKEN):
                 return None
             raise
         return whole_etag(answer["etag"])

@@ -1,6 +1,7 @@
 """What the answers of Azure mean, also those that were cut short."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ except ImportError as error:
 CONNECT_PATIENCE = 20.0
 """Seconds to go on trying to reach a server that does not answer at all."""
 _PASSING = {408, 429, 500, 502, 503, 504}
+_CODE_MATTERS = {400, 409, 412}
+"""Statuses that mean one thing or another by the code that comes with them."""
+_FULL = re.compile("Quota|Capacity")
 
 
 def failure_of(error: Exception, what: str, kind: str) -> Failure | None:
@@ -43,7 +47,7 @@ def failure_of(error: Exception, what: str, kind: str) -> Failure | None:
             passing=True,
             patience=CONNECT_PATIENCE,
         )
-    if isinstance(error, ClientAuthenticationError):
+    if isinstance(error, ClientAuthenticationError) and error.status_code is None:
         text = f"{what}: Azure refuses the credential of {kind}; {_reason(error)}"
         return Failure(Denied(text))
     cut = isinstance(error, (ServiceResponseError, IncompleteReadError))
@@ -57,7 +61,7 @@ def failure_of(error: Exception, what: str, kind: str) -> Failure | None:
 
 
 def _refusal(error: Any, what: str, kind: str) -> Failure:
-    status, code = error.status_code, getattr(error.error_code, "value", error.error_code)
+    status, code = error.status_code, code_of(error)
     headers = error.response.headers if error.response is not None else {}
     if status == 404 and code == "ContainerNotFound":
         return Failure(NotFound(f"{what}: there is no such container"))
@@ -66,7 +70,7 @@ def _refusal(error: Any, what: str, kind: str) -> Failure:
     if status in (401, 403):
         text = f"{what}: Azure refuses the credential of {kind} ({code})"
         return Failure(Denied(f"{text}; check what it permits, and until when"))
-    if status in (413, 507):
+    if status in (413, 507) or (code and _FULL.search(code)):
         return Failure(StorageFull(f"{what}: the account has no room left ({code})"))
     wait = _seconds(headers)
     if status in _PASSING or code in ("ContainerBeingDeleted", "InvalidBlockList"):
@@ -77,8 +81,29 @@ def _refusal(error: Any, what: str, kind: str) -> Failure:
     return Failure(StorageError(f"{what}: Azure answers {status} ({code}); {_reason(error)}"))
 
 
+def code_of(error: Any) -> str | None:
+    """What Azure calls an error, None if it does not say."""
+    code: str | None = getattr(error.error_code, "value", error.error_code)
+    return code
+
+
 class _GarbledError(AzureError):
     """An answer was cut within its headers, which the client takes for all of them."""
+
+
+def refuse_cut_headers(response: Any) -> None:
+    """Raise if a connection ended within the headers of an answer, which the client takes for all.
+
+    Whoever keeps connections open says how long a body is: Azurite at the end of the headers, where
+    Azure itself has the date.
+    """
+    answer = response.http_response
+    length, coding = (
+        answer.headers.get(name) or "" for name in ("Content-Length", "Transfer-Encoding")
+    )
+    whole = (length.isdecimal() or coding.lower() == "chunked") and "Date" in answer.headers
+    if not whole and (answer.status_code < 300 or answer.status_code in _CODE_MATTERS):
+        raise _GarbledError("the answer was cut within its headers")
 
 
 @contextlib.contextmanager

@@ -193,9 +193,10 @@ class Store(AbstractFileSystem):  # type: ignore[misc]
     def check(self, key: str, size: int, sha256: str) -> None:
         """Raise Corrupt unless the stored bytes, read in full, have this size and digest."""
         hashed, found = hashlib.sha256(), 0
-        for chunk in self.read_chunks(key):
-            hashed.update(chunk)
-            found += len(chunk)
+        with self._no_folder(key):
+            for chunk in self.read_chunks(key):
+                hashed.update(chunk)
+                found += len(chunk)
         self._compare(key, size, sha256, found, hashed.hexdigest())
 
     def read_all(self, keys: Sequence[str]) -> list[bytes | None]:
@@ -208,14 +209,26 @@ class Store(AbstractFileSystem):  # type: ignore[misc]
 
     def _read_or_none(self, key: str) -> bytes | None:
         try:
-            data: bytes = self.cat_file(key)
+            with self._no_folder(key):
+                data: bytes = self.cat_file(key)
         except (FileNotFoundError, NotADirectoryError):
             return None
         return data
 
+    @contextlib.contextmanager
+    def _no_folder(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except IsADirectoryError:
+            raise Corrupt(
+                f"{self.address_of(key)!r} is damaged: a folder lies where a file should be; "
+                "move it away, and run verify"
+            ) from None
+
     def read_verified(self, key: str, size: int, sha256: str) -> bytes:
         """The bytes of a file, or Corrupt if they are not those that were written."""
-        data: bytes = self.cat_file(key)
+        with self._no_folder(key):
+            data: bytes = self.cat_file(key)
         self._compare(key, size, sha256, len(data), hashlib.sha256(data).hexdigest())
         return data
 

@@ -81,8 +81,8 @@ class HubStore(HubFiles):
 
             in_parallel(bring, elsewhere)
         if staging.files:
-            additions = self._additions
-            self._ask("upload to", "", lambda: self._preupload(additions(staging.files)))
+            additions = self._additions(staging.files)
+            self._ask("upload to", "", lambda: self._preupload(additions))
         return staging
 
     def _preupload(self, additions: list[CommitOperationAdd]) -> None:
@@ -105,13 +105,17 @@ class HubStore(HubFiles):
         small = {path: upload_of(content) for path, content in (beside or {}).items()}
         entry = upload_of(data)
         lost: list[Failure] = []
+        # Operations remember what the repository had, and what of them was done in an earlier try.
+        operations: dict[str, list[Any]] = {}
 
         def attempt() -> bool:
             head = self._look(key)
             if head.entry is not None:
                 return False
-            view = self._view(shown or {}, files, head.commit)
-            self._commit([*self._additions({**files, **small, key: entry}), *view], head, message)
+            if head.commit not in operations:
+                view = self._view(shown or {}, files, head.commit)
+                operations[head.commit] = [*self._additions({**files, **small, key: entry}), *view]
+            self._commit(operations[head.commit], head, message)
             return True
 
         published = self._ask("commit to", "", attempt, lost.append)
@@ -139,7 +143,7 @@ class HubStore(HubFiles):
         return [CommitOperationDelete(found.path, is_folder=False) for found in there]
 
     def _additions(self, files: Mapping[str, Upload]) -> list[CommitOperationAdd]:
-        """Fresh operations: those of an earlier try remember what the repository had then."""
+        """Fresh operations, to be used on one commit of the repository."""
         return [_addition(path, upload) for path, upload in files.items()]
 
     def _commit(self, operations: list[Any], head: Head, message: str) -> str:

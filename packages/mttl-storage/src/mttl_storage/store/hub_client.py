@@ -97,9 +97,32 @@ def _bound_requests() -> None:
             set_client_factory(_Bounded(factory))
 
 
-def quiet() -> contextlib.AbstractContextManager[Any]:
-    """A block in which the client shows no bars."""
-    return disable_progress_bars()
+class _Quiet:
+    """The client has one switch for all threads: it is on again once the last has left a block."""
+
+    def __init__(self) -> None:
+        self._blocks = 0
+        self._bars = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with _lock:
+            self._blocks += 1
+            if self._blocks == 1:
+                self._bars.enter_context(disable_progress_bars())
+
+    def __exit__(self, *error: object) -> None:
+        with _lock:
+            self._blocks -= 1
+            if self._blocks == 0:
+                self._bars.close()
+
+
+_quiet = _Quiet()
+
+
+def quiet() -> contextlib.AbstractContextManager[None]:
+    """A block in which the client shows no bars, also while other threads enter and leave such."""
+    return _quiet
 
 
 def failure_of(error: Exception, what: str, kind: str) -> Failure | None:

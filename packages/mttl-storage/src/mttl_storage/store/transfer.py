@@ -41,11 +41,12 @@ def verified(upload: Upload) -> Iterator[bytes]:
     if isinstance(upload.source, bytes):
         yield upload.source
         return
-    hashed, source = hashlib.sha256(), upload.source
+    hashed, size, source = hashlib.sha256(), 0, upload.source
     for chunk in _chunks(source):
         hashed.update(chunk)
+        size += len(chunk)
         yield chunk
-    if hashed.hexdigest() == upload.sha256:
+    if (size, hashed.hexdigest()) == (upload.size, upload.sha256):
         return
     if isinstance(source, Stored):
         source.store.check(source.key, upload.size, upload.sha256)
