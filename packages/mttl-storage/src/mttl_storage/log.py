@@ -132,13 +132,17 @@ class Log:
 
     def newest(self, state: State | None = None) -> State:
         """The newest generation, found from a known one or from the newest snapshot."""
-        if state is None:
-            state = self._newest_known()
-        return self.replay(state, self.entries_after(state.generation))
+        if state is not None:
+            return self.replay(state, self.entries_after(state.generation))
+        # The first entries are asked for at the same time: of a young repository they are all.
+        first = [entry_key(1), entry_key(2)] if self.store.distant else []
+        identity, head, *bodies = self.store.read_all([IDENTITY, HEAD, *first])
+        state = self._newest_known(identity, head)
+        known = dict(zip(first, bodies, strict=True))
+        return self.replay(state, self.entries_after(state.generation, known))
 
-    def _newest_known(self) -> State:
+    def _newest_known(self, identity: bytes | None, head: bytes | None) -> State:
         """The state of the newest snapshot, or the origin while there is none."""
-        identity, head = self.store.read_all([IDENTITY, HEAD])
         origin = self._origin(identity)
         # A reader can do without head and snapshots, so damage there only costs time; verify tells.
         with contextlib.suppress(Corrupt):
@@ -168,15 +172,22 @@ class Log:
             return self._entry(number, body)
         return None
 
-    def entries_after(self, generation: int) -> Iterator[tuple[LogEntry, str]]:
-        """The entries that follow a generation, each with its digest, to the newest."""
+    def entries_after(
+        self, generation: int, known: Mapping[str, bytes | None] | None = None
+    ) -> Iterator[tuple[LogEntry, str]]:
+        """The entries that follow a generation, each with its digest, to the newest.
+
+        Args:
+            generation: before the first of them.
+            known: files that were just read, None for one that is missing.
+        """
         windows = itertools.chain((2, 16), itertools.repeat(100))
         if not self.store.distant:
             windows = itertools.chain((1, 2, 4, 8, 16), itertools.repeat(32))
         for window in windows:
             numbers = range(generation + 1, generation + 1 + window)
             count = 0
-            for number, body in self._bodies(numbers):
+            for number, body in self._bodies(numbers, known):
                 yield self._entry(number, body)
                 count += 1
             if count < window:
@@ -229,11 +240,16 @@ class Log:
     def _newest_snapshot(self) -> State | None:
         return next(filter(None, map(self._from_snapshot, self.snapshots())), None)
 
-    def _bodies(self, generations: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    def _bodies(
+        self, generations: Iterable[int], known: Mapping[str, bytes | None] | None = None
+    ) -> Iterator[tuple[int, bytes]]:
         """The entries that there are, up to the first that is missing."""
-        numbers = list(generations)
-        keys = [entry_key(number) for number in numbers]
-        for number, key, data in zip(numbers, keys, self.store.read_all(keys), strict=True):
+        keys = {number: entry_key(number) for number in generations}
+        found = dict(known or {})
+        unknown = [key for key in keys.values() if key not in found]
+        found.update(zip(unknown, self.store.read_all(unknown), strict=True))
+        for number, key in keys.items():
+            data = found[key]
             if data is None:
                 return
             yield number, unseal(data, self.store.address_of(key))
