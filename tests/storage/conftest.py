@@ -1,105 +1,15 @@
-import contextlib
-import importlib.util
 import itertools
 import shutil
 
 import pytest
 
-from mttl_storage import Repository, cache, filesystem
-
-TOKEN = "hf_a-token-of-the-tests"
-ACCOUNT = "mttltest"
-LOCAL = ["local", "virtual"]
-
-
-def _installed(name):
-    with contextlib.suppress(ModuleNotFoundError):
-        return importlib.util.find_spec(name) is not None
-    return False
-
-
-# Without the extras, as another project may install this package, the others are not tested.
-HAS = {
-    "az": _installed("azure.storage.blob"),
-    "hf": _installed("huggingface_hub") and _installed("starlette"),
-}
-DISTANT = [scheme for scheme in HAS if HAS[scheme]]
-collect_ignore = [
-    *([] if HAS["az"] else ["test_azure.py", "test_testing_azurite.py"]),
-    *([] if HAS["hf"] else ["test_hub.py", "test_testing_hub.py"]),
-]
-_numbers = itertools.count()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory):
-    """Nothing of a test is kept in the user's cache, nor read from there."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "user_cache_path", lambda _: folder)
-        yield folder
-
-
-@pytest.fixture(scope="session")
-def azurite():
-    """The real Azurite, whose account is in the environment."""
-    if not HAS["az"]:
-        pytest.skip("the extra [azure] is not installed")
-    from mttl_storage.testing import Azurite
-
-    with Azurite() as server, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AZURE_STORAGE_CONNECTION_STRING", server.connection_string(ACCOUNT))
-        yield server
-
-
-@pytest.fixture(scope="session")
-def hub():
-    """A loopback hub, whose address and token are in the environment."""
-    if not HAS["hf"]:
-        pytest.skip("the extras [hf] and [testing] are not installed")
-    from mttl_storage.testing import LoopbackHub
-
-    with LoopbackHub(tokens={TOKEN: "write"}) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_ENDPOINT", server.endpoint)
-        patch.setenv("HF_TOKEN", TOKEN)
-        yield server
+from mttl_storage import Repository
 
 
 @pytest.fixture
-def hub_token(hub):
-    """A token that may write to the loopback hub."""
-    return TOKEN
-
-
-@pytest.fixture
-def new_address(request, tmp_path):
-    """Makes addresses with nothing at them, for a scheme."""
-    made = []
-
-    def make(scheme):
-        number = next(_numbers)
-        if scheme == "local":
-            return f"local://{tmp_path / f'library-{number}'}"
-        if scheme == "virtual":
-            made.append(f"virtual://test-{number}")
-            return made[-1]
-        request.getfixturevalue({"az": "azurite", "hf": "hub"}[scheme])
-        if scheme == "az":
-            return f"az://{ACCOUNT}/tests/library-{number}"
-        return f"hf://user/library-{number}"
-
-    yield make
-    for uri in made:
-        store = filesystem(uri)
-        if store.exists(""):
-            for name in store.ls("", detail=False):
-                store.rm(name, recursive=True)
-
-
-@pytest.fixture(params=LOCAL + DISTANT)
-def address(request, new_address):
+def address(scheme, new_address):
     """An address with nothing at it, of each backend."""
-    return new_address(request.param)
+    return new_address(scheme)
 
 
 @pytest.fixture
