@@ -46,9 +46,6 @@ from .library import (
 from .library import (
     VirtualLocalLibrary as VirtualLocalLibrary,
 )
-from .library import (
-    check_expert_name as check_expert_name,
-)
 from .plain import (
     recipe_digest as recipe_digest,
 )
@@ -57,6 +54,9 @@ from .scores import (
 )
 from .scores import (
     Scores as Scores,
+)
+from .selection import (
+    check_expert_name as check_expert_name,
 )
 from .spectral import (
     LoraFactors as LoraFactors,

@@ -23,7 +23,7 @@ from mttl_storage import Conflict, Corrupt, Denied, Item, ReadOnly, StorageFull
 from mttl_storage.items import content_digest
 
 if TYPE_CHECKING:
-    from mttl_experts.library import ExpertLibrary
+    from mttl_experts.reading import LibraryReader
 
 Experts = Expert | str | Iterable[Expert | str]
 Value = Any  # tensors by name, or plain data
@@ -65,7 +65,7 @@ class Artifacts:
     version, the base's fingerprint where the base takes part.
     """
 
-    def __init__(self, library: ExpertLibrary) -> None:
+    def __init__(self, library: LibraryReader) -> None:
         """Keep the library whose repository holds the artifacts."""
         self._library = library
 
