@@ -91,7 +91,7 @@ def new_address(request, tmp_path):
         if scheme == "local":
             return f"local://{tmp_path / f'library-{number}'}"
         if scheme == "virtual":
-            made.append(f"virtual://test-{number}")
+            made.append(f"virtual://library-{number}")
             return made[-1]
         request.getfixturevalue({"az": "azurite", "hf": "hub"}[scheme])
         if scheme == "az":

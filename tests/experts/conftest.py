@@ -52,14 +52,15 @@ def make_expert():
     return make
 
 
-@pytest.fixture(params=["local", "virtual"])
-def address(request, tmp_path):
-    """Makes addresses on one backend, new to each test."""
+@pytest.fixture
+def address(scheme, new_address):
+    """Makes addresses on one backend, new to each test; one for each name."""
+    made = {}
 
     def make(name="library"):
-        if request.param == "local":
-            return f"local://{tmp_path / name}"
-        return f"virtual://{tmp_path.name}-{id(tmp_path)}-{name}"
+        if name not in made:
+            made[name] = new_address(scheme)
+        return made[name]
 
     return make
 

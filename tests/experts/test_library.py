@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from mttl_experts import (
+    BlobExpertLibrary,
     Expert,
     ExpertExistsError,
     ExpertInfo,
     ExpertLibrary,
     ExpertNotFoundError,
+    HFExpertLibrary,
     IncompatibleExpertError,
     LocalExpertLibrary,
     VirtualLocalLibrary,
@@ -85,6 +87,15 @@ def test_ids_without_a_scheme_belong_to_the_class(tmp_path, monkeypatch):
     assert VirtualLocalLibrary(name, create=True).uri == f"virtual://{name}"
     assert ExpertLibrary(f"virtual://{name}").uri == f"virtual://{name}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sub"]
+
+
+@pytest.mark.parametrize(("kind", "scheme"), [(BlobExpertLibrary, "az"), (HFExpertLibrary, "hf")])
+def test_ids_of_the_clouds_are_written_without_a_scheme(new_address, make_expert, kind, scheme):
+    uri = new_address(scheme)
+    library = kind(uri.removeprefix(f"{scheme}://"), create=True)
+    library.add_expert(make_expert("e1"))
+    assert library.uri == uri
+    assert same(ExpertLibrary(uri)["e1"], make_expert("e1"))
 
 
 def test_a_missing_library_is_an_error_unless_it_is_to_be_created(address):

@@ -38,7 +38,13 @@ from .expert import (
     ExpertInfo as ExpertInfo,
 )
 from .library import (
+    BlobExpertLibrary as BlobExpertLibrary,
+)
+from .library import (
     ExpertLibrary as ExpertLibrary,
+)
+from .library import (
+    HFExpertLibrary as HFExpertLibrary,
 )
 from .library import (
     LocalExpertLibrary as LocalExpertLibrary,
@@ -80,12 +86,14 @@ from .spectral import (
 __all__ = [
     "Artifact",
     "Artifacts",
+    "BlobExpertLibrary",
     "Expert",
     "ExpertError",
     "ExpertExistsError",
     "ExpertInfo",
     "ExpertLibrary",
     "ExpertNotFoundError",
+    "HFExpertLibrary",
     "IncompatibleExpertError",
     "IncompatibleExpertWarning",
     "LocalExpertLibrary",

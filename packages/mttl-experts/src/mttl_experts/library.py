@@ -40,8 +40,9 @@ class ExpertLibrary(LibraryWriter):
         """Open a library, or part of it.
 
         Args:
-            repo_id: address such as ``local://folder`` or ``virtual://name``; without a scheme it
-                is a local folder.
+            repo_id: address such as ``local://folder``, ``virtual://name``,
+                ``az://account/container/path`` or ``hf://user/repo``; without a scheme it belongs
+                to the class's own storage, a local folder here.
             token: credentials of the storage, where it needs any.
             model_name: show only experts made for this base model.
             selection: show only these, a list or a comma string of exact names.
@@ -113,3 +114,15 @@ class VirtualLocalLibrary(ExpertLibrary):
     """Experts in this process's memory: an id without a scheme is its name."""
 
     default_scheme = "virtual"
+
+
+class BlobExpertLibrary(ExpertLibrary):
+    """Experts in Azure Blob Storage: an id without a scheme is ``account/container/path``."""
+
+    default_scheme = "az"
+
+
+class HFExpertLibrary(ExpertLibrary):
+    """Experts on the Hugging Face Hub: an id without a scheme is ``user/repo``."""
+
+    default_scheme = "hf"
