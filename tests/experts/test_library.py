@@ -594,3 +594,11 @@ def test_a_library_goes_to_another_process(tmp_path, make_expert):
     assert b"s3cret" not in content
     assert same(pickle.loads(content)["e1"], make_expert("e1"))
     assert same(pickle.loads(pickle.dumps(library["e1"])), make_expert("e1"))
+
+
+def test_facts_at_hand_are_the_callers_own(library, make_expert):
+    library.add_expert(make_expert("e1"))
+    info = library.infos()["e1"]
+    info.expert_config["target_modules"].append("x")
+    info.metrics["x"] = 1
+    assert library.infos()["e1"] == make_expert("e1").expert_info

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from mttl_experts.artifacts import Artifacts
 from mttl_experts.errors import expert_not_found
-from mttl_experts.expert import CONFIG_FILE, WEIGHTS_FILE, Expert, ExpertInfo, stored_expert
+from mttl_experts.expert import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Expert,
+    ExpertInfo,
+    stored_expert,
+    stored_info,
+)
 from mttl_experts.scores import Scores
 from mttl_experts.selection import EXPERTS, Selection
 from mttl_experts.tensors import LazyTensors, from_safetensors
@@ -213,7 +220,7 @@ class LibraryReader:
 
     def _info(self, name: str, item: Item) -> ExpertInfo:
         try:
-            return ExpertInfo.from_dict({**item.info, "expert_name": name})
+            return stored_info({**item.info, "expert_name": name})
         except (TypeError, ValueError) as error:
             raise Corrupt(
                 f"info of expert {name!r} in {self.uri} cannot be read: {error}"
