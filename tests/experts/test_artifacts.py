@@ -101,6 +101,44 @@ def test_a_recipe_is_run_once(filled):
     assert len(calls) == 1
 
 
+def test_what_many_experts_lack_is_made_and_kept_by_one_commit(filled):
+    filled.artifacts.put(filled["b"], RECIPE, {"x": torch.zeros(2)})
+    before, calls = filled.generation, []
+
+    def make(expert):
+        calls.append(expert.name)
+        return {"x": torch.full((2,), float(ord(expert.name)))}
+
+    experts = [filled[name] for name in ("c", "a", "b", "a")]
+    values = filled.artifacts.get_or_make_each(experts, RECIPE, make)
+    assert [value["x"][0] for value in values] == [99.0, 97.0, 0.0, 97.0]
+    assert calls == ["c", "a"]
+    assert filled.generation == before + 1
+    again = ExpertLibrary(filled.uri)
+    assert again.artifacts.get_or_make_each(experts, RECIPE, make)[0]["x"][0] == 99.0
+    assert calls == ["c", "a"]
+    assert list(again.artifacts.for_each(RECIPE)) == ["a", "b", "c"]
+    with filled.batch():
+        filled.artifacts.put_each([(filled["a"], [1]), (filled["b"], [2])], {"kind": "y"})
+    assert filled.generation == before + 2
+
+
+def test_what_another_made_meanwhile_does_not_lose_what_this_one_made(filled):
+    other = ExpertLibrary(filled.uri)
+
+    def make(expert):
+        if expert.name == "a":
+            other.artifacts.put(expert, RECIPE, ["theirs"])
+        return ["ours"]
+
+    experts = list(filled.values())
+    assert filled.artifacts.get_or_make_each(experts, RECIPE, make) == [["ours"]] * 3
+    kept = ExpertLibrary(filled.uri).artifacts.for_each(RECIPE)
+    assert kept == {"a": ["theirs"], "b": ["ours"], "c": ["ours"]}
+    locked = ExpertLibrary(filled.uri, read_only=True)
+    assert locked.artifacts.get_or_make_each(experts, {"kind": "z"}, make) == [["ours"]] * 3
+
+
 def test_where_nothing_can_be_kept_the_value_is_still_given(filled):
     locked = ExpertLibrary(filled.uri, read_only=True)
     assert locked.artifacts.get_or_make(locked["a"], RECIPE, lambda: [1]) == [1]

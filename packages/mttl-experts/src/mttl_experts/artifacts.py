@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,13 @@ from torch import Tensor
 from mttl_experts.errors import UnsupportedAdapterError
 from mttl_experts.expert import Expert
 from mttl_experts.plain import canonical_json, plain, recipe_digest
-from mttl_experts.tensors import to_safetensors
+from mttl_experts.tensors import LazyTensors, to_safetensors
 from mttl_storage import Conflict, Corrupt, Denied, Item, ReadOnly, StorageFull
 from mttl_storage.items import content_digest
+from mttl_storage.store.transfer import in_parallel
 
 if TYPE_CHECKING:
-    from mttl_experts.reading import LibraryReader
+    from mttl_experts.changing import LibraryWriter
 
 Experts = Expert | str | Iterable[Expert | str]
 Value = Any  # tensors by name, or plain data
@@ -32,6 +34,8 @@ TENSORS_FILE = "data.safetensors"
 JSON_FILE = "data.json"
 # Plain data up to this many bytes lies in the log, so that a table of scores is one read.
 INLINE = 4096
+# How often to put again what others were faster with, in part.
+_ATTEMPTS = 3
 _DIGEST = re.compile("[0-9a-f]{64}")
 _NOTHING = content_digest({})  # shared by all experts without weights, so it names none of them
 
@@ -65,7 +69,7 @@ class Artifacts:
     version, the base's fingerprint where the base takes part.
     """
 
-    def __init__(self, library: LibraryReader) -> None:
+    def __init__(self, library: LibraryWriter) -> None:
         """Keep the library whose repository holds the artifacts."""
         self._library = library
 
@@ -86,24 +90,13 @@ class Artifacts:
             recipe: how, as plain data.
             value: tensors by name (at least one), or any plain data.
         """
-        digests = digests_of(experts)
-        recipe = plain(recipe, "recipe")
-        name = _item_name(digests, recipe)
-        info = {"format": 1, "experts": digests, "recipe": recipe}
-        files: dict[str, bytes] = {}
-        if isinstance(value, Mapping) and value and all(map(_is_tensor, value.values())):
-            files[TENSORS_FILE] = to_safetensors(value)
-        else:
-            content = canonical_json(value, "artifact")
-            if len(content) > INLINE:
-                files[JSON_FILE] = content
-            else:
-                info["value"] = json.loads(content)
-        writer = self._library.writer()
-        if name in self._library.repository:
-            writer.replace(name, files, info)
-        else:
-            writer.add(name, files, info)
+        self._put(digests_of(experts), recipe, value)
+
+    def put_each(self, values: Iterable[tuple[Experts, Value]], recipe: Any) -> None:
+        """Keep several values of one recipe, by one commit; each as ``put`` does."""
+        with self._one_commit(recipe):
+            for experts, value in values:
+                self.put(experts, recipe, value)
 
     def get_or_make(
         self,
@@ -131,19 +124,102 @@ class Artifacts:
             return value if kept is None else kept
         return value
 
+    def get_each(self, experts: Sequence[Experts], recipe: Any) -> list[Value]:
+        """The values kept for each of ``experts`` under one recipe, None where there is none.
+
+        Their files are fetched together, so that a distant library is asked once, not once each.
+        """
+        return self._get_each([digests_of(each) for each in experts], recipe)
+
+    def get_or_make_each(
+        self, experts: Sequence[Expert], recipe: Any, make: Callable[[Expert], Value]
+    ) -> list[Value]:
+        """The value of each expert, those that are missing made first and kept by one commit.
+
+        Where the library cannot be written, the values are still given.
+
+        Args:
+            experts: one value each.
+            recipe: how all of them are made.
+            make: computes the value of one expert.
+        """
+        digests = [digests_of(each) for each in experts]
+        values = self._get_each(digests, recipe)
+        made: dict[str, Value] = {}
+        for (digest,), value, expert in zip(digests, values, experts, strict=True):
+            if value is None and digest not in made:
+                made[digest] = make(expert)
+        # The values are what was asked for; keeping them is a courtesy.
+        with suppress(Conflict, ReadOnly, Denied, StorageFull):
+            self._keep(made, recipe)
+        return [
+            made[digest] if value is None else value
+            for (digest,), value in zip(digests, values, strict=True)
+        ]
+
     def for_each(self, recipe: Any) -> dict[str, Value]:
-        """What each expert of the library has under one recipe, by expert name; others left out."""
-        found = {}
-        for name, expert in self._library.items():
-            value = None if expert.expert_weights is None else self.get(expert, recipe)
-            if value is not None:
-                found[name] = value
-        return found
+        """What each expert of the library has under one recipe, by expert name; others left out.
+
+        Fetched together, as ``get_each`` does.
+        """
+        digests = {
+            name: [expert.digest]
+            for name, expert in self._library.items()
+            if expert.expert_weights is not None
+        }
+        values = self._get_each(list(digests.values()), recipe)
+        found = zip(digests, values, strict=True)
+        return {name: value for name, value in found if value is not None}
 
     def entries(self) -> list[Artifact]:
         """All artifacts of the repository, also those of experts that are gone, in one order."""
         found = self._library.repository.items(PREFIX)
         return [_entry(name, item) for name, item in found.items()]
+
+    def _put(self, digests: list[str], recipe: Any, value: Value) -> None:
+        recipe = plain(recipe, "recipe")
+        name = _item_name(digests, recipe)
+        info = {"format": 1, "experts": digests, "recipe": recipe}
+        files: dict[str, bytes] = {}
+        if isinstance(value, Mapping) and value and all(map(_is_tensor, value.values())):
+            files[TENSORS_FILE] = to_safetensors(value)
+        else:
+            content = canonical_json(value, "artifact")
+            if len(content) > INLINE:
+                files[JSON_FILE] = content
+            else:
+                info["value"] = json.loads(content)
+        writer = self._library.writer()
+        if name in self._library.repository:
+            writer.replace(name, files, info)
+        else:
+            writer.add(name, files, info)
+
+    def _keep(self, made: Mapping[str, Value], recipe: Any) -> None:
+        """Put what was made, by expert digest; what others put meanwhile is left as it is."""
+        for attempt in range(_ATTEMPTS):
+            if not made:
+                return
+            try:
+                self.put_each(made.items(), recipe)
+                return
+            except Conflict:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                self._library.refresh()
+                made = {d: v for d, v in made.items() if self._find([d], recipe) is None}
+
+    def _one_commit(self, recipe: Any) -> AbstractContextManager[object]:
+        if self._library.in_batch:
+            return nullcontext()
+        kind = recipe.get("kind", "values") if isinstance(recipe, dict) else "values"
+        return self._library.batch(f"keep {kind}")
+
+    def _get_each(self, digests: Sequence[list[str]], recipe: Any) -> list[Value]:
+        found = [self._find(each, recipe) for each in digests]
+        values = [None if item is None else self._value(item) for item in found]
+        in_parallel(len, [value for value in values if isinstance(value, LazyTensors)])
+        return values
 
     def _find(self, digests: list[str], recipe: Any) -> Item | None:
         name, repository = _item_name(digests, recipe), self._library.repository

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
+from mttl_experts.artifacts import Artifacts
 from mttl_experts.compatible import check_targets
 from mttl_experts.errors import ExpertExistsError, expert_not_found
 from mttl_experts.expert import Expert, ExpertInfo
 from mttl_experts.reading import LibraryReader
+from mttl_experts.scores import Scores
 from mttl_experts.selection import EXPERTS, Selection, check_expert_name
 from mttl_storage import Batch, Conflict, Item, NotFound, ReadOnly, Repository
 
@@ -27,6 +29,8 @@ class LibraryWriter(LibraryReader):
         super().__init__(repository, selection, read_only)
         # Facts as the open batch will leave them, by name; None for what it removes.
         self._staged: dict[str, ExpertInfo | None] = {}
+        self.artifacts = Artifacts(self)
+        self.scores = Scores(self.artifacts)
 
     def add_expert(self, expert: Expert) -> str:
         """Add an expert under its own name; one that is there already, in every part, is left.
@@ -135,6 +139,11 @@ class LibraryWriter(LibraryReader):
     def update_metrics(self, name: str, metrics: Mapping[str, Any]) -> ExpertInfo:
         """Add measured numbers to an expert's own, those of the same name being replaced."""
         return self.update_info(name, metrics={**self._facts(name).metrics, **metrics})
+
+    @property
+    def in_batch(self) -> bool:
+        """Whether changes go to an open batch."""
+        return self._batch is not None
 
     @contextmanager
     def batch(self, message: str = "") -> Iterator[Self]:

@@ -9,7 +9,6 @@ from typing import Self
 
 from torch import Tensor
 
-from mttl_experts.artifacts import Artifacts
 from mttl_experts.errors import expert_not_found
 from mttl_experts.expert import (
     CONFIG_FILE,
@@ -19,7 +18,6 @@ from mttl_experts.expert import (
     stored_expert,
     stored_info,
 )
-from mttl_experts.scores import Scores
 from mttl_experts.selection import EXPERTS, Selection
 from mttl_experts.tensors import LazyTensors, from_safetensors
 from mttl_storage import Batch, Corrupt, Item, NotFound, Problem, Repository, StorageError
@@ -41,8 +39,6 @@ class LibraryReader:
         self._selection = selection
         self._read_only = read_only
         self._batch: Batch | None = None
-        self.artifacts = Artifacts(self)
-        self.scores = Scores(self.artifacts)
         there = self._all_names()
         for name in sorted(selection.named.difference(there)):
             raise expert_not_found(self.uri, name, there)

@@ -7,7 +7,6 @@ update amplifies most.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,11 +39,12 @@ def prototypes_of(experts: Sequence[Expert]) -> dict[str, Mapping[str, Tensor]]:
 def prototypes_in_library(
     library: ExpertLibrary, experts: Sequence[Expert]
 ) -> dict[str, Mapping[str, Tensor]]:
-    """:func:`prototypes_of`, kept in the library by the experts' digests and not computed twice."""
-    kept = library.artifacts.get_or_make
-    return {
-        expert.name: kept(expert, RECIPE, partial(arrow_prototypes, expert)) for expert in experts
-    }
+    """:func:`prototypes_of`, kept in the library by the experts' digests and not computed twice.
+
+    All that were missing are kept by one commit.
+    """
+    kept = library.artifacts.get_or_make_each(experts, RECIPE, arrow_prototypes)
+    return {expert.name: each for expert, each in zip(experts, kept, strict=True)}
 
 
 class Arrow:
