@@ -1,12 +1,17 @@
+import dataclasses
 import warnings
 
 import pytest
+import torch
 
 from mttl_experts import (
+    Expert,
     ExpertInfo,
     IncompatibleExpertError,
     IncompatibleExpertWarning,
     check_compatible,
+    check_fits,
+    check_weights,
 )
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "lm_head"]
@@ -91,3 +96,43 @@ def test_a_target_that_is_no_regular_expression_is_refused():
 )
 def test_a_config_that_matches_a_module_passes(config):
     check_compatible(lora(**config), modules=MODULES)
+
+
+def test_another_architecture_is_refused_whatever_the_base_is_called():
+    info = ExpertInfo("e1", expert_model="org/base", model_architecture="llama")
+    check_compatible(info, architecture="llama")
+    with pytest.raises(IncompatibleExpertError, match=r"'e1'.*'llama', not 'gpt2'"):
+        check_compatible(info, architecture="gpt2")
+
+
+def test_weights_that_their_config_would_drop_are_refused(make_expert):
+    check_weights(make_expert("e1"))
+    lost = make_expert("e1", target_modules=["k_proj"])
+    with pytest.raises(IncompatibleExpertError, match=r"'e1' has weights for 4 .*match none of"):
+        check_weights(lost)
+    with pytest.raises(IncompatibleExpertError, match=r"lora_A \(2, \d+\).*says rank 8"):
+        check_weights(make_expert("e1", r=8))
+    expert = make_expert("e1")
+    (name, *_) = (key for key in expert.expert_weights if "lora_B" in key)
+    odd = Expert(expert.expert_info, {**expert.expert_weights, name: torch.ones(16, 3)})
+    with pytest.raises(IncompatibleExpertError, match=r"lora_B \(16, 3\)"):
+        check_weights(odd)
+
+
+def test_a_shape_that_does_not_fit_the_base_is_refused(make_expert):
+    expert = make_expert("e1")
+    shapes = {
+        f"model.layers.{layer}.{module}": shape
+        for layer in range(2)
+        for module, shape in {"self_attn.q_proj": (16, 16), "mlp.down_proj": (16, 24)}.items()
+    }
+    check_fits(expert, shapes)
+    path = "model.layers.1.mlp.down_proj"
+    with pytest.raises(IncompatibleExpertError, match=r"is \(16, 32\) .* and \(16, 24\)"):
+        check_fits(expert, shapes | {path: (16, 32)})
+    fewer = {name: shape for name, shape in shapes.items() if name != path}
+    with pytest.raises(IncompatibleExpertError, match=rf"lacks 1 \(such as '{path}'\)"):
+        check_fits(expert, fewer)
+    none = dataclasses.replace(expert.expert_info, expert_config=None)
+    with pytest.raises(IncompatibleExpertError, match="lacks 4"):
+        check_fits(Expert(none, expert.expert_weights), {"lm_head": (16, 16)})

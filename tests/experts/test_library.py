@@ -275,9 +275,20 @@ def test_names_that_would_be_parted_or_refused_by_a_disk_are_errors(library):
 def test_an_adapter_that_attaches_to_nothing_is_not_added(library, make_expert):
     with pytest.raises(IncompatibleExpertError, match=r"'e1'.*attach to nothing"):
         library.add_expert(make_expert("e1", target_modules=[]))
+    with pytest.raises(IncompatibleExpertError, match=r"'e1'.*match none of them"):
+        library.add_expert(make_expert("e1", target_modules=["k_proj"]))
     with pytest.raises(ValueError, match="'e1' has no tensor"):
         library.add_expert(Expert(make_expert("e1").expert_info, {}))
     assert len(library) == 0
+
+
+def test_a_view_of_one_base_takes_no_expert_of_another(library, make_expert):
+    library.add_expert(make_expert("e1"))
+    view = ExpertLibrary(library.uri, model_name="test/llama", read_only=False)
+    view.add_expert(make_expert("e2"))
+    with pytest.raises(IncompatibleExpertError, match=r"'other'.*model_name='test/llama'"):
+        view.add_expert(bare("e3", expert_model="other"))
+    assert view.keys() == ["e1", "e2"]
 
 
 def test_a_removed_expert_can_be_restored(library, make_expert):

@@ -8,7 +8,13 @@ from .compatible import (
     check_compatible as check_compatible,
 )
 from .compatible import (
+    check_fits as check_fits,
+)
+from .compatible import (
     check_targets as check_targets,
+)
+from .compatible import (
+    check_weights as check_weights,
 )
 from .compatible import (
     is_other_base as is_other_base,
@@ -105,7 +111,9 @@ __all__ = [
     "VirtualLocalLibrary",
     "check_compatible",
     "check_expert_name",
+    "check_fits",
     "check_targets",
+    "check_weights",
     "inner_product",
     "is_other_base",
     "lora_modules",

@@ -9,8 +9,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 from mttl_experts.artifacts import Artifacts
-from mttl_experts.compatible import check_targets
-from mttl_experts.errors import ExpertExistsError, expert_not_found
+from mttl_experts.compatible import check_targets, check_weights
+from mttl_experts.errors import ExpertExistsError, IncompatibleExpertError, expert_not_found
 from mttl_experts.expert import Expert, ExpertInfo
 from mttl_experts.reading import LibraryReader
 from mttl_experts.scores import Scores
@@ -40,11 +40,12 @@ class LibraryWriter(LibraryReader):
 
         Raises:
             ExpertExistsError: when there is another of that name.
-            IncompatibleExpertError: when its config attaches to nothing.
+            IncompatibleExpertError: when it cannot work: it would attach to nothing, its weights do
+                not fit its config, or it is for another base than those shown.
         """
         writer = self._expert_writer()
         name = check_expert_name(expert.name)
-        check_targets(expert.expert_info)
+        self._check(expert)
         try:
             added = writer.add(EXPERTS + name, expert.files(), expert.expert_info.to_dict())
         except Conflict as error:
@@ -73,7 +74,7 @@ class LibraryWriter(LibraryReader):
         """
         writer = self._expert_writer()
         self._facts(expert.name)
-        check_targets(expert.expert_info)
+        self._check(expert)
         replaced = writer.replace(
             EXPERTS + expert.name, expert.files(), expert.expert_info.to_dict(), expected
         )
@@ -173,6 +174,16 @@ class LibraryWriter(LibraryReader):
         if name in self._staged:
             raise expert_not_found(f"{self.uri}, the open batch having removed it,", name, [])
         return self._info(name, self._item(name))
+
+    def _check(self, expert: Expert) -> None:
+        shown, made_for = self._selection.model_name, expert.expert_info.expert_model
+        if shown is not None and made_for != shown:
+            raise IncompatibleExpertError(
+                f"expert {expert.name!r} was made for base model {made_for!r}, and {self.uri} was "
+                f"opened with model_name={shown!r}; open it without to add this one"
+            )
+        check_targets(expert.expert_info)
+        check_weights(expert)
 
     def _stage(self, name: str, info: ExpertInfo | None) -> None:
         if self._batch is not None:

@@ -1,4 +1,7 @@
-"""Whether an expert can work on a base model: the same base, and something to attach to."""
+"""Whether an expert can work on a base model: the same base, and something to attach to.
+
+What cannot work is refused; what may work worse than it should is a warning, or refused if strict.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,17 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from mttl_experts.errors import IncompatibleExpertError, IncompatibleExpertWarning
-from mttl_experts.expert import ExpertInfo
+from mttl_experts.expert import Expert, ExpertInfo
 
 
 def check_compatible(
     info: ExpertInfo,
     *,
     base_id: str | None = None,
+    architecture: str | None = None,
     fingerprint: str | None = None,
     tokenizer_digest: str | None = None,
     template_digest: str | None = None,
@@ -27,6 +33,7 @@ def check_compatible(
         info: the expert's facts.
         base_id: the base's id. An expert that names another is refused, unless the weights are the
             same: then it is one base under two names.
+        architecture: the base's kind, such as ``"llama"``. An expert for another is refused.
         fingerprint: digest of the base's weights. Another one, as after quantisation, is a warning.
         tokenizer_digest: likewise, of its tokenizer.
         template_digest: likewise, of its chat template.
@@ -41,6 +48,12 @@ def check_compatible(
         raise IncompatibleExpertError(
             f"expert {name!r} was made for base model {info.expert_model!r}, not for {base_id!r}; "
             f"load that base, or choose experts with model_name={base_id!r}"
+        )
+    kind = info.model_architecture
+    if architecture is not None and kind is not None and kind != architecture:
+        raise IncompatibleExpertError(
+            f"expert {name!r} was made for a base of architecture {kind!r}, not {architecture!r}; "
+            f"load {info.expert_model or 'the base that it was made for'!r}"
         )
     for what, theirs, ours in (
         ("weights", info.model_fingerprint, fingerprint),
@@ -94,6 +107,81 @@ def check_targets(info: ExpertInfo, modules: Collection[str] | None = None) -> N
             f"base's {len(modules)} modules (such as {sorted(modules)[:3]}); it would attach to "
             "nothing"
         )
+
+
+def check_weights(expert: Expert) -> None:
+    """Refuse weights that their own config does not fit, which a model would drop or choke on.
+
+    Raises:
+        IncompatibleExpertError: the config targets none of the modules that the weights are for, or
+            a module's LoRA factors do not fit each other or the config's rank.
+    """
+    config = expert.expert_info.expert_config or {}
+    factors = lora_tensors(expert)
+    if config.get("peft_type") != "LORA" or not factors or any(map(config.get, _NOT_BY_MODULE)):
+        return
+    targets = config.get("target_modules")
+    if targets and not any(_targeted(config, path) for path in factors):
+        raise IncompatibleExpertError(
+            f"expert {expert.name!r} has weights for {len(factors)} modules (such as "
+            f"{min(factors)!r}), and target_modules={targets!r} match none of them, so it would "
+            "attach to nothing; give the config that it was trained with"
+        )
+    for path, found in factors.items():
+        shapes = {which: tuple(tensor.shape) for which, tensor in sorted(found.items())}
+        a, b = shapes.get("A", ()), shapes.get("B", ())
+        wanted = a[0] if config.get("rank_pattern") and a else config.get("r", a[:1] and a[0])
+        if len(a) == 2 and len(b) == 2 and not a[0] == b[1] == wanted:
+            raise IncompatibleExpertError(
+                f"expert {expert.name!r}: module {path!r} has lora_A {a} and lora_B {b}, and its "
+                f"config says rank {wanted!r}; give the config that it was trained with"
+            )
+
+
+def check_fits(expert: Expert, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a LoRA expert whose modules a base does not have, or has in another shape.
+
+    Args:
+        expert: with weights; one without LoRA factors passes.
+        shapes: (out, in) of the base's linear modules, by path.
+
+    Raises:
+        IncompatibleExpertError: naming the module and both shapes.
+    """
+    factors = lora_tensors(expert)
+    check_targets(expert.expert_info, shapes)
+    absent = sorted(path for path in factors if path not in shapes)
+    if absent:
+        raise IncompatibleExpertError(
+            f"expert {expert.name!r} adapts {len(factors)} modules, of which the base lacks "
+            f"{len(absent)} (such as {absent[0]!r}); load the base that it was made for, "
+            f"{expert.expert_info.expert_model!r}"
+        )
+    for path, found in factors.items():
+        if found.keys() != {"A", "B"} or found["A"].ndim != 2 or found["B"].ndim != 2:
+            continue
+        wanted = (int(found["B"].shape[0]), int(found["A"].shape[1]))
+        if wanted != tuple(shapes[path]):
+            raise IncompatibleExpertError(
+                f"module {path!r} is {tuple(shapes[path])} (out, in) in the base and {wanted} in "
+                f"expert {expert.name!r}; load the base that it was made for, "
+                f"{expert.expert_info.expert_model!r}"
+            )
+
+
+def lora_tensors(expert: Expert) -> dict[str, dict[str, Tensor]]:
+    """LoRA factors as they are stored, ``{module: {"A": …, "B": …}}``, whatever else there is."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key in expert.expert_weights or ():
+        if match := _FACTOR.fullmatch(key):
+            tensor = (expert.expert_weights or {})[key]
+            found.setdefault(match["module"], {})[match["which"]] = tensor
+    return found
+
+
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
+# Options under which factors are not one (r, i) and one (o, r) for each module.
+_NOT_BY_MODULE = ("target_parameters", "use_bdlora", "use_qalora", "layer_replication")
 
 
 def _targeted(config: Mapping[str, Any], path: str) -> bool:

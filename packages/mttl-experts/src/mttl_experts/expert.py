@@ -40,6 +40,7 @@ class ExpertInfo:
         training_config: how it was trained.
         expert_model: id of its base model, such as ``"microsoft/phi-2"``.
         model_revision: revision of the base.
+        model_architecture: what transformers calls the base's kind, such as ``"llama"``.
         model_fingerprint: digest of the base's weights.
         tokenizer_digest: and ``template_digest``: of the tokenizer and its chat template.
         dataset_digest: of the rows it was trained on.
@@ -60,6 +61,7 @@ class ExpertInfo:
     training_config: dict[str, Any] | None = None
     expert_model: str | None = None
     model_revision: str | None = None
+    model_architecture: str | None = None
     model_fingerprint: str | None = None
     tokenizer_digest: str | None = None
     template_digest: str | None = None
