@@ -37,7 +37,7 @@ from mttl_data import (
     open_dataset,
     truncation,
 )
-from mttl_experts import Expert, ExpertInfo, ExpertLibrary
+from mttl_experts import Expert, ExpertInfo, ExpertLibrary, recipe_digest
 from mttl_experts.jobs import TWO_SHOT, Scoring, bar, console, mean, percent, say, write_json
 from mttl_routing import apply_expert
 
@@ -121,9 +121,11 @@ def _train(plan: Plan, options: TrainOptions, base: BaseModel) -> Expert:
         | {"dataset": options.dataset, "versions": {name: version(name) for name in _TOOLS}},
         expert_model=base.model_id,
         model_revision=base.revision,
+        model_architecture=base.model.config.model_type,
         model_fingerprint=base.fingerprint,
         tokenizer_digest=base.tokenizer_digest,
         template_digest=base.template_digest,
+        dataset_digest=recipe_digest(plan.recipe["data"]),
         recipe_digest=plan.digest,
         metrics={
             "step": trained.step,

@@ -64,6 +64,7 @@ def attachment_points(
         check_compatible(
             expert.expert_info,
             base_id=base.model_id,
+            architecture=getattr(getattr(base.model, "config", None), "model_type", None),
             fingerprint=base.fingerprint,
             tokenizer_digest=base.tokenizer_digest,
             template_digest=base.template_digest,

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor
@@ -96,12 +97,18 @@ def merge(
     }
     digest = recipe_digest(recipe)
     infos = [expert.expert_info for expert in ordered]
+    parents = sorted({(expert.name, expert.digest) for expert in ordered})
     info = ExpertInfo(
         expert_name=name if name is not None else f"{_short(method_name)}-{digest[:8]}",
         expert_task_name=tuple(sorted({task for info in infos for task in info.tasks})) or None,
-        parents=tuple(sorted({expert.name for expert in ordered})),
+        parents=tuple(parent for parent, _ in parents),
+        parent_digests=tuple(digest for _, digest in parents),
         expert_config=_peft_config(results, infos),
-        training_config=recipe | {"report": _report(results, missing)},
+        training_config=recipe
+        | {
+            "report": _report(results, missing),
+            "versions": {tool: version(tool) for tool in ("torch", "mttl-routing")},
+        },
         recipe_digest=digest,
         **{field: _common(infos, field) for field in _INHERITED},
     )
@@ -112,6 +119,7 @@ def merge(
 _INHERITED = (
     "expert_model",
     "model_revision",
+    "model_architecture",
     "model_fingerprint",
     "tokenizer_digest",
     "template_digest",
