@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
 from mttl_experts.artifacts import Artifacts
+from mttl_experts.collecting import made_from_gone, remove_for_good
 from mttl_experts.compatible import check_targets, check_weights
 from mttl_experts.errors import ExpertExistsError, IncompatibleExpertError, expert_not_found
 from mttl_experts.expert import Expert, ExpertInfo
@@ -80,11 +81,24 @@ class LibraryWriter(LibraryReader):
         )
         return self._changed(replaced, expert)
 
-    def remove_expert(self, name: str) -> None:
-        """Take an expert out. Its files stay, and ``restore_expert`` brings it back."""
+    def remove_expert(self, name: str, hard: bool = False) -> None:
+        """Take an expert out. Its files stay, and ``restore_expert`` brings it back.
+
+        Args:
+            name: of the expert. Artifacts and scores made from it are found again when it is back.
+            hard: for good: it cannot be restored, artifacts and scores made from it go with it, and
+                the next ``gc`` deletes the files once its grace is over.
+        """
         writer = self._expert_writer()
         self._facts(name)
-        writer.remove(EXPERTS + name)
+        there = self._find(name)
+        if not hard or there is None:
+            writer.remove(EXPERTS + name)
+        else:
+            with self._one_commit(f"remove expert {name} for good") as batch:
+                gone = [there, *made_from_gone(self._repository, without=there.name)]
+                for item in gone:
+                    remove_for_good(batch, item)
         self._stage(name, None)
 
     def restore_expert(self, name: str) -> None:
@@ -109,11 +123,7 @@ class LibraryWriter(LibraryReader):
                 f"cannot rename expert {old!r} to {new!r}: {self.uri} has one of that name; "
                 "choose another"
             )
-        with (
-            nullcontext(self._batch)
-            if self._batch is not None
-            else self._repository.batch(f"rename expert {old} to {new}")
-        ) as batch:
+        with self._one_commit(f"rename expert {old} to {new}") as batch:
             batch.rename(EXPERTS + old, EXPERTS + new)
             batch.update_info(EXPERTS + new, info.to_dict())
         self._stage(old, None)
@@ -140,6 +150,16 @@ class LibraryWriter(LibraryReader):
     def update_metrics(self, name: str, metrics: Mapping[str, Any]) -> ExpertInfo:
         """Add measured numbers to an expert's own, those of the same name being replaced."""
         return self.update_info(name, metrics={**self._facts(name).metrics, **metrics})
+
+    def tag(self, name: str, *tags: str) -> ExpertInfo:
+        """Add tags to an expert's own; gives back all its facts."""
+        own = self._facts(name).tags
+        return self.update_info(name, tags=tuple(dict.fromkeys([*own, *tags])))
+
+    def untag(self, name: str, *tags: str) -> ExpertInfo:
+        """Take tags off an expert; those that it does not have make no difference."""
+        own = self._facts(name).tags
+        return self.update_info(name, tags=tuple(tag for tag in own if tag not in tags))
 
     @property
     def in_batch(self) -> bool:
@@ -173,7 +193,11 @@ class LibraryWriter(LibraryReader):
             return staged
         if name in self._staged:
             raise expert_not_found(f"{self.uri}, the open batch having removed it,", name, [])
-        return self._info(name, self._item(name))
+        return self.stored_info(name, self._item(name))
+
+    def _one_commit(self, message: str) -> AbstractContextManager[Batch]:
+        """The open batch, or one for what comes."""
+        return self._repository.batch(message) if self._batch is None else nullcontext(self._batch)
 
     def _check(self, expert: Expert) -> None:
         shown, made_for = self._selection.model_name, expert.expert_info.expert_model

@@ -11,8 +11,10 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from mttl_experts.changing import LibraryWriter
+from mttl_experts.collecting import GRACE, collect
 from mttl_experts.selection import EXPERTS, Selection
-from mttl_storage import InvalidName, Repository, parse_uri
+from mttl_experts.updating import take_in
+from mttl_storage import Collected, InvalidName, Repository, parse_uri
 from mttl_storage import copy as copy_items
 
 
@@ -102,6 +104,45 @@ class ExpertLibrary(LibraryWriter):
             names += [e.item for e in self.artifacts.entries() if digests.issuperset(e.experts)]
         copy_items(self._repository, target.repository, names=names)
         return target.refresh()
+
+    def update_from(
+        self, other: ExpertLibrary | str, *, replace: bool = False, token: str | None = None
+    ) -> list[str]:
+        """Take in what another library has and this one has not, with artifacts and scores.
+
+        An expert that is here as the other library once had it is brought forward. Facts of equal
+        weights are taken where they are newer there. What was removed here stays removed.
+
+        Args:
+            other: a library, of which what it shows is taken, or an address.
+            replace: put theirs also in the place of experts that differ here.
+            token: credentials of the address.
+
+        Returns:
+            Names of the experts that are new or changed, sorted.
+
+        Raises:
+            ExpertExistsError: naming experts that differ here; nothing is taken then.
+        """
+        self._expert_writer()
+        if self.in_batch:
+            raise RuntimeError(f"a batch is open on {self.uri}; update_from makes its own commits")
+        source = ExpertLibrary(other, token, read_only=True) if isinstance(other, str) else other
+        return take_in(source, self, replace)
+
+    # Upkeep
+
+    def gc(self, grace: float = GRACE) -> Collected:
+        """Delete what nothing has needed for ``grace`` seconds, which is gone for good.
+
+        That is the files of experts removed or replaced, and artifacts and scores made from such.
+
+        Args:
+            grace: seconds for which readers of older generations and writers in flight are safe;
+                pass less only where there are none.
+        """
+        self._expert_writer()
+        return collect(self._repository, grace)
 
 
 class LocalExpertLibrary(ExpertLibrary):
