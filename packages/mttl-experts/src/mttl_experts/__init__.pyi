@@ -19,6 +19,15 @@ from .compatible import (
 from .compatible import (
     is_other_base as is_other_base,
 )
+from .difference import (
+    ExpertDifference as ExpertDifference,
+)
+from .difference import (
+    ModuleDifference as ModuleDifference,
+)
+from .difference import (
+    difference as difference,
+)
 from .errors import (
     ExpertError as ExpertError,
 )
@@ -58,6 +67,30 @@ from .library import (
 from .library import (
     VirtualLocalLibrary as VirtualLocalLibrary,
 )
+from .lineage import (
+    Edge as Edge,
+)
+from .lineage import (
+    Lineage as Lineage,
+)
+from .lineage import (
+    Node as Node,
+)
+from .lineage import (
+    Recipe as Recipe,
+)
+from .lineage import (
+    recipe_of as recipe_of,
+)
+from .logs import (
+    Blame as Blame,
+)
+from .logs import (
+    Event as Event,
+)
+from .logs import (
+    ScoreNotFoundError as ScoreNotFoundError,
+)
 from .plain import (
     recipe_digest as recipe_digest,
 )
@@ -77,10 +110,16 @@ from .spectral import (
     SpectralForm as SpectralForm,
 )
 from .spectral import (
+    distance as distance,
+)
+from .spectral import (
     inner_product as inner_product,
 )
 from .spectral import (
     lora_modules as lora_modules,
+)
+from .spectral import (
+    principal_angles as principal_angles,
 )
 from .spectral import (
     spectral_form as spectral_form,
@@ -92,8 +131,12 @@ from .spectral import (
 __all__ = [
     "Artifact",
     "Artifacts",
+    "Blame",
     "BlobExpertLibrary",
+    "Edge",
+    "Event",
     "Expert",
+    "ExpertDifference",
     "ExpertError",
     "ExpertExistsError",
     "ExpertInfo",
@@ -102,9 +145,14 @@ __all__ = [
     "HFExpertLibrary",
     "IncompatibleExpertError",
     "IncompatibleExpertWarning",
+    "Lineage",
     "LocalExpertLibrary",
     "LoraFactors",
+    "ModuleDifference",
+    "Node",
+    "Recipe",
     "Score",
+    "ScoreNotFoundError",
     "Scores",
     "SpectralForm",
     "UnsupportedAdapterError",
@@ -114,10 +162,14 @@ __all__ = [
     "check_fits",
     "check_targets",
     "check_weights",
+    "difference",
+    "distance",
     "inner_product",
     "is_other_base",
     "lora_modules",
+    "principal_angles",
     "recipe_digest",
+    "recipe_of",
     "spectral_form",
     "spectral_forms",
 ]

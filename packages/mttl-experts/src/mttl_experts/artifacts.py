@@ -171,6 +171,14 @@ class Artifacts:
         found = zip(digests, values, strict=True)
         return {name: value for name, value in found if value is not None}
 
+    def item(self, experts: Experts, recipe: Any) -> Item:
+        """The repository's item under this key, with the generation and time of its commit.
+
+        Raises:
+            NotFound: when there is none.
+        """
+        return self._library.repository.item(_item_name(digests_of(experts), recipe))
+
     def entries(self) -> list[Artifact]:
         """All artifacts of the repository, also those of experts that are gone, in one order."""
         found = self._library.repository.items(PREFIX)

@@ -7,11 +7,17 @@ does; here are its addresses, and what goes from one library to another.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from mttl_experts.changing import LibraryWriter
 from mttl_experts.collecting import GRACE, collect
+from mttl_experts.difference import ExpertDifference, difference
+from mttl_experts.expert import Expert
+from mttl_experts.lineage import Lineage, Recipe, lineage, recipe_of
+from mttl_experts.logs import Blame, Event, blame, log
+from mttl_experts.scores import Score
 from mttl_experts.selection import EXPERTS, Selection
 from mttl_experts.updating import take_in
 from mttl_storage import Collected, InvalidName, Repository, parse_uri
@@ -129,6 +135,55 @@ class ExpertLibrary(LibraryWriter):
             raise RuntimeError(f"a batch is open on {self.uri}; update_from makes its own commits")
         source = ExpertLibrary(other, token, read_only=True) if isinstance(other, str) else other
         return take_in(source, self, replace)
+
+    # Past and lineage, from the log alone
+
+    def at(self, generation: int) -> Self:
+        """The library as it was at a generation, to be read."""
+        past = self._repository.at(generation)
+        there = {name.removeprefix(EXPERTS) for name in past}
+        chosen = dataclasses.replace(
+            self._selection,
+            names=self._selection.names and self._selection.names & there,
+            excluded=self._selection.excluded and self._selection.excluded & there,
+        )
+        view = object.__new__(type(self))
+        LibraryWriter.__init__(view, past, chosen, read_only=True)
+        return view
+
+    def log(self, name: str, facts: bool = False) -> list[Event]:
+        """Changes of one expert through all its names, newest first; of a removed one too.
+
+        Args:
+            name: as it is called now, or was last.
+            facts: say which facts each change changed, for which older generations are read.
+        """
+        return log(self, name, facts)
+
+    def lineage(self, name: str) -> Lineage:
+        """The graph data -> expert -> merge -> model around one expert, in both directions."""
+        return lineage(self, name)
+
+    def recipe(self, name: str) -> Recipe:
+        """What decides what an expert is: config, data, base, parents, tools."""
+        return recipe_of(self.stored_info(name, self._item(name)))
+
+    def diff(self, one: str | Expert, other: str | Expert) -> ExpertDifference:
+        """What differs between two experts: facts, and each module's distance and angles of ΔW.
+
+        Args:
+            one: name, or an expert at hand, such as ``library.at(3)["e1"]``.
+            other: likewise.
+        """
+        return difference(*(self[e] if isinstance(e, str) else e for e in (one, other)))
+
+    def blame(self, score: Score | str) -> Blame:
+        """Where a score came from: its commit, and the experts as they stand now.
+
+        Args:
+            score: one of ``library.scores.table()``, or the first digits of its digest.
+        """
+        return blame(self, score)
 
     # Upkeep
 

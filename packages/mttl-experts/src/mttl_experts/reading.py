@@ -20,7 +20,7 @@ from mttl_experts.expert import (
 )
 from mttl_experts.selection import EXPERTS, Selection
 from mttl_experts.tensors import LazyTensors, from_safetensors
-from mttl_storage import Batch, Corrupt, Item, NotFound, Problem, Repository, StorageError
+from mttl_storage import Batch, Commit, Corrupt, Item, NotFound, Problem, Repository, StorageError
 
 
 class LibraryReader:
@@ -62,6 +62,10 @@ class LibraryReader:
         """Take in what others committed meanwhile; gives back the library itself."""
         self._repository.refresh()
         return self
+
+    def history(self) -> list[Commit]:
+        """All commits that led to what it shows, oldest first."""
+        return self._repository.history()
 
     def keys(self) -> list[str]:
         """Names of its experts, sorted."""
@@ -105,7 +109,7 @@ class LibraryReader:
 
     def infos(self) -> dict[str, ExpertInfo]:
         """Facts of every expert, by name, from the log alone: no weights are read."""
-        return {name: self._info(name, item) for name, item in self._items().items()}
+        return {name: self.stored_info(name, item) for name, item in self._items().items()}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -152,7 +156,7 @@ class LibraryReader:
             f"generation {self.generation})"
         )
 
-    # Used by artifacts
+    # Used by artifacts and lineage
 
     def writer(self) -> Repository | Batch:
         """Where a change goes: the open batch, or a commit of its own."""
@@ -177,6 +181,15 @@ class LibraryReader:
             return read(repository.at(item.generation))
 
         return LazyTensors(fetch)
+
+    def stored_info(self, name: str, item: Item) -> ExpertInfo:
+        """Facts of an expert as an item of any generation has them; Corrupt if they are none."""
+        try:
+            return stored_info({**item.info, "expert_name": name})
+        except (TypeError, ValueError) as error:
+            raise Corrupt(
+                f"info of expert {name!r} in {self.uri} cannot be read: {error}"
+            ) from error
 
     # Inside
 
@@ -214,14 +227,6 @@ class LibraryReader:
         except (StorageError, ValueError) as error:
             yield str(error)
 
-    def _info(self, name: str, item: Item) -> ExpertInfo:
-        try:
-            return stored_info({**item.info, "expert_name": name})
-        except (TypeError, ValueError) as error:
-            raise Corrupt(
-                f"info of expert {name!r} in {self.uri} cannot be read: {error}"
-            ) from error
-
     def _expert(self, name: str, item: Item) -> Expert:
         weights = self.tensors_of(item, WEIGHTS_FILE) if WEIGHTS_FILE in item.files else None
-        return stored_expert(self._info(name, item), weights, item.digest)
+        return stored_expert(self.stored_info(name, item), weights, item.digest)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mttl_experts.artifacts import Artifacts, Experts, digests_of
-from mttl_experts.plain import plain
-from mttl_storage import Conflict, Denied, ReadOnly, StorageFull
+from mttl_experts.plain import plain, recipe_digest
+from mttl_storage import Conflict, Denied, Item, ReadOnly, StorageFull
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ class Score:
     recipe: dict[str, Any] = field(default_factory=dict)
     experts: tuple[str, ...] = ()
     ci95: tuple[float, float] | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of what was measured: experts, task, metric and recipe, whatever the number."""
+        key = _score_key(self.task, self.metric, self.recipe)
+        return recipe_digest([sorted(self.experts), key])
 
 
 class Measured(Protocol):
@@ -122,6 +128,15 @@ class Scores:
         ):  # the number is what was asked for; keeping it is a courtesy
             self.put(experts, score)
         return score
+
+    def item(self, score: Score) -> Item:
+        """Where a score is kept, with the generation and time of its commit.
+
+        Raises:
+            NotFound: when it is not kept here.
+        """
+        key = _score_key(score.task, score.metric, score.recipe)
+        return self._artifacts.item(score.experts, key)
 
     def table(self) -> list[Score]:
         """All scores in the repository, by task, metric and experts."""

@@ -253,3 +253,38 @@ def inner_product(
         outputs = f.b.double().T @ g.b.double()  # (r1, r2)
         total += f.scaling * g.scaling * float((inputs * outputs).sum())
     return total
+
+
+def distance(one: LoraFactors | None, other: LoraFactors | None) -> float:
+    """‖ΔW_1 - ΔW_2‖, Frobenius, of one module; None stands for ΔW 0. Neither is formed.
+
+    From thin QRs of the stacked factors, so that two near ones lose no digits to cancellation.
+    """
+    parts = [(f, sign) for f, sign in ((one, 1.0), (other, -1.0)) if f is not None]
+    if not parts:
+        return 0.0
+    a = torch.cat([f.a.double() for f, _ in parts])  # (r1 + r2, i)
+    b = torch.cat([sign * f.scaling * f.b.double() for f, sign in parts], dim=1)  # (o, r1 + r2)
+    core = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
+    return float(torch.linalg.matrix_norm(core))
+
+
+def principal_angles(one: Tensor, other: Tensor) -> Tensor:
+    """Angles in radians, rising, between the spans of two sets of orthonormal columns.
+
+    Small ones are taken from their sines, which keeps them exact
+    (https://doi.org/10.1090/S0025-5718-1973-0348991-3).
+
+    Args:
+        one: (n, k1).
+        other: (n, k2).
+
+    Returns:
+        (min(k1, k2),) float64.
+    """
+    wide, narrow = (one, other) if one.shape[1] >= other.shape[1] else (other, one)
+    wide, narrow = wide.double(), narrow.double()
+    inside = wide.T @ narrow  # (k_wide, k)
+    cosines = torch.linalg.svdvals(inside).clamp(max=1.0)
+    sines = torch.linalg.svdvals(narrow - wide @ inside).flip(0)[: len(cosines)].clamp(max=1.0)
+    return torch.where(cosines**2 < 0.5, cosines.acos(), sines.asin())
