@@ -4,6 +4,9 @@ from .artifacts import (
 from .artifacts import (
     Artifacts as Artifacts,
 )
+from .card import (
+    CardError as CardError,
+)
 from .compatible import (
     check_compatible as check_compatible,
 )
@@ -133,6 +136,7 @@ __all__ = [
     "Artifacts",
     "Blame",
     "BlobExpertLibrary",
+    "CardError",
     "Edge",
     "Event",
     "Expert",

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import ClassVar, Self
 
+from mttl_experts.card import card, write_card
 from mttl_experts.changing import LibraryWriter
 from mttl_experts.collecting import GRACE, collect
 from mttl_experts.difference import ExpertDifference, difference
@@ -198,6 +199,21 @@ class ExpertLibrary(LibraryWriter):
         """
         self._expert_writer()
         return collect(self._repository, grace)
+
+    def card(self) -> str:
+        """A README for the library, with the front matter that the hub reads."""
+        return card(self)
+
+    def write_card(self) -> str:
+        """Put the card into the library as README.md; gives back its text.
+
+        What was written below the card's last line by hand is kept.
+
+        Raises:
+            CardError: when there is a README.md that no card began.
+        """
+        self._expert_writer()
+        return write_card(self)
 
 
 class LocalExpertLibrary(ExpertLibrary):
