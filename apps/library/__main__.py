@@ -1,4 +1,4 @@
-"""Look into a library of experts: ``uv run apps/library --help``."""
+"""Look into a library of experts, and keep it: ``uv run apps/library --help``."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import click
+from library_changes import card, copy, gc, remove, rename, restore, tag
+from library_history import blame, diff, lineage, log
+from library_options import address, as_json, in_library, open_library
 
 from mttl_experts.jobs import bar, console, known_errors
 
 if TYPE_CHECKING:
     from mttl_experts import ExpertInfo, ExpertLibrary
 
-LIBRARY = "local://mttldata/library"
-
-address = click.argument("library", default=LIBRARY)
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-
 
 @click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Look into a library of experts at any address: local://folder, virtual://name.
+    """Look into a library of experts, and keep it: at local://, az:// and hf:// addresses.
 
     LIBRARY is local://mttldata/library if left out.
     """
@@ -58,7 +56,7 @@ def list_experts(library: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("expert")
-@click.option("--library", default=LIBRARY, help="Address of the library.")
+@in_library
 @as_json
 def show(expert: str, library: str, as_json: bool) -> None:
     """Show all that LIBRARY knows of EXPERT."""
@@ -104,14 +102,6 @@ def verify(library: str, as_json: bool) -> None:
         raise SystemExit(1)
 
 
-def open_library(library: str) -> ExpertLibrary:
-    """The library at an address, to be read; a missing one ends the command in one line."""
-    from mttl_experts import ExpertLibrary
-
-    with known_errors():
-        return ExpertLibrary(library, read_only=True)
-
-
 def _row(library: ExpertLibrary, name: str, info: ExpertInfo) -> dict[str, Any]:
     config = info.expert_config or {}
     files = library.repository.item(f"experts/{name}").files
@@ -126,6 +116,10 @@ def _row(library: ExpertLibrary, name: str, info: ExpertInfo) -> dict[str, Any]:
         "digest": library.digest(name),
         "created": info.created,
     }
+
+
+for command in (blame, card, copy, diff, gc, lineage, log, remove, rename, restore, tag):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from mttl_experts.expert import Expert, ExpertInfo
 from mttl_experts.reading import LibraryReader
 from mttl_experts.scores import Scores
 from mttl_experts.selection import EXPERTS, Selection, check_expert_name
-from mttl_storage import Batch, Conflict, Item, NotFound, ReadOnly, Repository
+from mttl_storage import Batch, Conflict, Item, ReadOnly, Repository
 
 # What update_info may change. The rest says how the weights came to be, and changes with them.
 MUTABLE = ("expert_task_name", "extra", "licence", "metrics", "tags")
@@ -102,12 +102,17 @@ class LibraryWriter(LibraryReader):
         self._stage(name, None)
 
     def restore_expert(self, name: str) -> None:
-        """Bring back an expert that was removed; nothing to do if it is there."""
-        try:
-            self._expert_writer().restore(EXPERTS + name)
-        except NotFound as error:
-            removed = [found.removeprefix(EXPERTS) for found in self._repository.removed(EXPERTS)]
-            raise expert_not_found(f"what was removed from {self.uri}", name, removed) from error
+        """Bring back an expert that was removed; nothing to do if it is there.
+
+        Raises:
+            ExpertNotFoundError: when none of that name was removed, or it was for good.
+        """
+        writer = self._expert_writer()
+        removed = self._repository.removed(EXPERTS)
+        if EXPERTS + name not in removed and EXPERTS + name not in self._repository:
+            names = [found.removeprefix(EXPERTS) for found in removed]
+            raise expert_not_found(f"what was removed from {self.uri}", name, names)
+        writer.restore(EXPERTS + name)
 
     def rename_expert(self, old: str, new: str) -> None:
         """Give an expert another name. Its files, artifacts and scores stay as they are.

@@ -30,14 +30,14 @@ class ModuleDifference:
     Attributes:
         norms: ‖ΔW‖ of each, 0 where an expert leaves the module alone.
         distance: ‖ΔW_1 - ΔW_2‖.
-        cosine: between the two as flat vectors; NaN where one is zero.
+        cosine: between the two as flat vectors; None where one is zero.
         input_angles: principal angles in degrees, rising, between the inputs that they react to.
         output_angles: likewise, between the outputs that they write.
     """
 
     norms: tuple[float, float]
     distance: float
-    cosine: float
+    cosine: float | None
     input_angles: tuple[float, ...]
     output_angles: tuple[float, ...]
 
@@ -104,7 +104,7 @@ def _module(path: str, one: LoraFactors | None, other: LoraFactors | None) -> Mo
             "they have different bases"
         )
     norms = (distance(one, None), distance(None, other))
-    cosine = math.nan
+    cosine: float | None = None
     angles: list[tuple[float, ...]] = [(), ()]
     if one is not None and other is not None and all(norms):
         cosine = inner_product({path: one}, {path: other}) / (norms[0] * norms[1])
