@@ -76,12 +76,15 @@ def task_folder(tmp_path_factory):
 
 @pytest.fixture
 def app(monkeypatch, tmp_path):
-    """Runs an app in this process, in an empty folder: ``app("train", "--task", "x")``."""
+    """Runs an app in this process, in an empty folder: ``app("train", "--task", "x")``.
+
+    What it asks is answered by ``answer="y\\n"``.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CONFIG_PATH", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def run(name, *args):
+    def run(name, *args, answer=None):
         monkeypatch.syspath_prepend(str(ROOT / "apps" / name))
         main = f"{name}_app"
         if main not in sys.modules:
@@ -90,7 +93,7 @@ def app(monkeypatch, tmp_path):
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             sys.modules[main] = module
-        return CliRunner().invoke(sys.modules[main].main, [str(arg) for arg in args])
+        return CliRunner().invoke(sys.modules[main].main, [str(arg) for arg in args], input=answer)
 
     return run
 

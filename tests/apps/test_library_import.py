@@ -1,0 +1,91 @@
+import json
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mttl_experts import ExpertLibrary
+
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["layer"]}
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Writes a PEFT adapter: ``adapter("name", seed=1)``."""
+
+    def make(name, seed=0):
+        folder = tmp_path / "adapters" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(seed)
+        weights = {
+            f"base_model.model.layer.lora_{which}.weight": torch.randn(shape, generator=generator)
+            for which, shape in (("A", (2, 4)), ("B", (3, 2)))
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
+        save_file(weights, folder / "adapter_model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def run(app):
+    """``apps/library import``."""
+    return partial(app, "library", "import")
+
+
+def test_import_says_what_it_will_do_asks_and_does_it_once(run, adapter):
+    one, two = adapter("one"), adapter("two", seed=1)
+    (one / "optimizer.pt").write_bytes(b"x")
+    args = (one, two, "--into", "local://lib")
+    refused = run(*args, answer="n\n")
+    assert refused.exit_code == 1
+    assert "2 experts to import into local://lib" in refused.output
+    assert "optimizer.pt" in refused.output
+    with pytest.raises(FileNotFoundError):
+        ExpertLibrary("local://lib")
+
+    done = run(*args, answer="y\n")
+    assert done.exit_code == 0, done.output
+    assert "PEFT lora" in done.output
+    assert "2 experts, generation 1" in done.output
+
+    again = run(*args)
+    assert again.exit_code == 0
+    assert "there already, the same: one, two" in again.output
+    assert "nothing to import" in again.output
+    assert ExpertLibrary("local://lib").generation == 1
+
+
+def test_import_under_another_name_selected_or_excluded(run, adapter):
+    whole = adapter("one").parent
+    adapter("two", seed=1)
+    assert run(whole, "--into", "lib", "--yes", "--name", "x", "--select", "two").exit_code == 0
+    out = run(whole, "--into", "lib", "--exclude", "two", "--json")
+    assert json.loads(out.stdout)["added"] == ["one"]
+    assert ExpertLibrary("lib").keys() == ["one", "x"]
+    assert "no source has" in run(whole, "--into", "lib", "--exclude", "thre").output
+
+
+def test_a_damaged_expert_is_one_line_and_can_be_left_out(run, adapter):
+    whole = adapter("one").parent
+    (adapter("two") / "adapter_config.json").write_text("{")
+    broken = run(whole, "--into", "lib", "--yes")
+    assert broken.exit_code == 1
+    (line,) = broken.output.strip().splitlines()
+    assert "two/adapter_config.json" in line
+    assert run(whole, "--into", "lib", "--yes", "--exclude", "two").exit_code == 0
+    assert ExpertLibrary("lib").keys() == ["one"]
+
+
+def test_a_conflict_is_one_clear_line(run, adapter):
+    folder = adapter("one")
+    run(folder, "--into", "lib", "--yes")
+    adapter("one", seed=3)
+    outcome = run(folder, "--into", "lib", "--yes")
+    assert outcome.exit_code == 1
+    (line,) = outcome.output.strip().splitlines()
+    assert "another expert 'one'" in line
+    missing = run("nope", "--into", "lib", "--yes")
+    assert len(missing.output.strip().splitlines()) == 1

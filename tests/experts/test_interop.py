@@ -1,0 +1,246 @@
+"""PEFT adapters go into a library and out again with equal logits, older libraries bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from mttl_experts import ExpertExistsError, ExpertLibrary
+from mttl_experts.interop.importing import find_experts, plan_import, renamed, run_import
+from mttl_experts.legacy import RefusedFileError
+from mttl_storage import Corrupt, InvalidName, NotFound
+
+SAMPLES = Path(__file__).parent / "samples"
+TOKENS = torch.arange(14).reshape(2, 7)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=TOKENS).logits
+
+
+def bring(library, *sources):
+    experts = [each for source in sources for each in find_experts(str(source)).experts]
+    return run_import(library, plan_import(library, experts))
+
+
+@pytest.fixture
+def library(tmp_path):
+    return ExpertLibrary(f"local://{tmp_path / 'library'}", create=True)
+
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+KINDS = {
+    "lora": peft.LoraConfig(**LORA),
+    "rslora": peft.LoraConfig(**LORA, use_rslora=True),
+    "dora": peft.LoraConfig(**LORA, use_dora=True),
+    "patterns": peft.LoraConfig(
+        **LORA,
+        rank_pattern={"down_proj": 2, r"layers\.1\.self_attn\.q_proj": 3},
+        alpha_pattern={"down_proj": 3},
+    ),
+    "bias": peft.LoraConfig(**LORA, bias="lora_only"),
+    "lora_bias": peft.LoraConfig(**LORA, lora_bias=True),
+    "modules_to_save": peft.LoraConfig(**LORA, modules_to_save=["lm_head"]),
+    "embedding": peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),
+    "tokens": peft.LoraConfig(**LORA, trainable_token_indices={"embed_tokens": [1, 3]}),
+    "regex": peft.LoraConfig(r=2, target_modules=r".*\.1\.self_attn\.(q|v)_proj"),
+    "all-linear": peft.LoraConfig(r=2, target_modules="all-linear"),
+    "parameters": peft.LoraConfig(r=2, target_parameters=["q_proj.weight"], target_modules=[]),
+    "adalora": peft.AdaLoraConfig(init_r=4, target_modules=["q_proj"], total_step=10),
+    "ia3": peft.IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "loha": peft.LoHaConfig(r=2, target_modules=["q_proj"]),
+    "lokr": peft.LoKrConfig(r=2, target_modules=["q_proj"]),
+    "oft": peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"]),
+    "vera": peft.VeraConfig(r=4, target_modules=["q_proj"]),
+    "shira": peft.ShiraConfig(r=2, target_modules=["q_proj"]),
+    "poly": peft.PolyConfig(r=2, n_tasks=2, n_skills=2, n_splits=2, target_modules=["q_proj"]),
+    "norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "tokens_alone": peft.TrainableTokensConfig(token_indices=[1, 2]),
+    "prompt": peft.PromptTuningConfig(num_virtual_tokens=3),
+    "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3),
+}
+FORWARD = {"poly": {"task_ids": torch.tensor([0, 1])}}
+
+
+def adapted(llama, kind):
+    """A model with a perturbed adapter of a kind."""
+    config = KINDS[kind]
+    config.task_type = "CAUSAL_LM"
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_to_library_to_peft_gives_equal_logits_and_tensors(kind, llama, library, tmp_path):
+    model = adapted(llama, kind)
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    assert bring(library, folder) == ["adapter"]
+
+    kept = Path(library.path("adapter"))
+    given = json.loads((folder / "adapter_config.json").read_text())
+    assert json.loads((kept / "adapter_config.json").read_text()) == given
+    before = load_file(folder / "adapter_model.safetensors")
+    after = load_file(kept / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+    forward = FORWARD.get(kind, {})
+    loaded = PeftModel.from_pretrained(llama(), kept).eval()
+    with torch.no_grad():
+        theirs, base = (m(input_ids=TOKENS, **forward).logits for m in (loaded, model))
+    assert torch.equal(theirs, base)
+    assert not torch.allclose(base[:, -7:], logits(llama()))  # the adapter does something
+
+
+def test_an_adapter_saved_under_transformers_4_loads_with_the_same_logits(library):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def base():
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
+            num_experts_per_tok=2,
+        )  # fmt: skip
+        return MixtralForCausalLM(config).eval()
+
+    bring(library, SAMPLES / "mixtral_transformers_4")
+    loaded = PeftModel.from_pretrained(base(), library.path("mixtral_transformers_4")).eval()
+
+    weights = library["mixtral_transformers_4"].expert_weights
+    layer = "model.layers.0"
+
+    def delta(module):  # the slow obvious version: scaling is 4 / 2
+        a, b = (weights[f"base_model.model.{layer}.{module}.lora_{w}.weight"] for w in "AB")
+        return 2.0 * b @ a
+
+    ours = base()
+    with torch.no_grad():
+        ours.model.layers[0].self_attn.q_proj.weight += delta("self_attn.q_proj")
+        experts = ours.model.layers[0].mlp.experts
+        for number in range(2):
+            old = f"block_sparse_moe.experts.{number}"
+            experts.gate_up_proj[number, :12] += delta(f"{old}.w1")
+            experts.gate_up_proj[number, 12:] += delta(f"{old}.w3")
+            experts.down_proj[number] += delta(f"{old}.w2")
+        assert not torch.allclose(logits(base()), logits(ours), atol=1e-3)
+        torch.testing.assert_close(logits(loaded), logits(ours), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def folders(llama, tmp_path):
+    """Folders of PEFT adapters: ``folders("lora", "dora")``."""
+
+    def make(*kinds, into=tmp_path / "adapters"):
+        for kind in kinds:
+            adapted(llama, kind).save_pretrained(into / kind)
+        return into
+
+    return make
+
+
+def test_one_repository_for_each_adapter_becomes_one_library(folders, library):
+    whole = folders("lora", "rslora", "modules_to_save")
+    sources = sorted(whole.iterdir())
+    assert bring(library, *sources) == ["lora", "modules_to_save", "rslora"]
+    assert library.generation == 1
+    assert bring(library, *sources) == []
+    assert library.generation == 1
+
+
+def test_all_adapters_below_a_folder_are_found_and_what_is_left_out_is_said(folders):
+    whole = folders("lora", "rslora")
+    shutil.copytree(whole / "lora", whole / "lora" / "checkpoint-10")
+    shutil.copytree(whole / "rslora", whole / "deep" / "er")
+    (whole / "training_args.bin").write_bytes(b"x")
+    found = find_experts(str(whole))
+    assert [each.name for each in found.experts] == ["deep-er", "lora", "rslora"]
+    assert any("lora/checkpoint-10" in line for line in found.left_out)
+    assert any("training_args.bin" in line for line in found.left_out)
+    assert find_experts(str(whole / "lora" / "checkpoint-10")).experts[0].name == "checkpoint-10"
+
+
+def test_an_adapter_bin_is_read_as_data_and_equals_its_safetensors(folders, library, tmp_path):
+    folder = folders("lora") / "lora"
+    older = tmp_path / "older"
+    older.mkdir()
+    shutil.copy(folder / "adapter_config.json", older)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    torch.save(tensors, older / "adapter_model.bin")
+    bring(library, folder, older)
+    assert library["lora"].digest == library["older"].digest
+
+    torch.save({"x": Path}, older / "adapter_model.bin")
+    with pytest.raises(RefusedFileError, match=r"adapter_model\.bin.*pathlib"):
+        bring(library, older)
+
+
+def test_card_and_origin_are_kept(folders, library, tmp_path):
+    folder = folders("lora") / "lora"
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# card\nlicense: no\n")
+    bring(library, folder)
+    info = library["lora"].expert_info
+    assert info.licence == "apache-2.0"
+    assert str(tmp_path) not in json.dumps(info.extra)
+    assert info.extra["imported"]["format"] == "peft"
+
+
+def test_another_expert_of_the_same_name_is_a_conflict_and_nothing_is_done(folders, library):
+    whole = folders("lora", "rslora")
+    experts = find_experts(str(whole)).experts
+    run_import(library, plan_import(library, [renamed(experts[1], "lora")]))
+    with pytest.raises(ExpertExistsError, match=r"another expert 'lora' than .*adapters"):
+        plan_import(library, experts)
+    assert library.keys() == ["lora"]
+    with pytest.raises(InvalidName, match=r"each have an expert 'lora'.*--name"):
+        plan_import(library, [experts[0], experts[0]])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "word"),
+    [
+        ("adapter_config.json", b"{", "adapter_config.json.*is not JSON"),
+        ("adapter_config.json", b"[" * 100_000, "is not JSON"),
+        ("adapter_config.json", b"{}", "names no peft_type"),
+        ("adapter_model.safetensors", b"x" * 100, "adapter_model.safetensors"),
+        ("adapter_model.safetensors", None, "no 'adapter_model.safetensors' beside it"),
+    ],
+)
+def test_a_damaged_adapter_is_an_error_that_names_the_file(folders, library, file, content, word):
+    folder = folders("lora") / "lora"
+    (folder / file).write_bytes(content) if content else (folder / file).unlink()
+    with pytest.raises(Corrupt, match=word):
+        bring(library, folder)
+    assert library.keys() == []
+
+
+def test_what_is_not_there_is_said(tmp_path, library):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("x")
+    for source, word in [
+        (tmp_path / "nope", "no folder"),
+        (tmp_path / "empty", "no files"),
+        (tmp_path / "other", r"no PEFT adapter .* it has notes\.txt"),
+        ("just-a-name", "no hub id"),
+    ]:
+        with pytest.raises(NotFound, match=word):
+            find_experts(str(source))
+    with pytest.raises(InvalidName, match="a library already"):
+        find_experts(library.uri)
