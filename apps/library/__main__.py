@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import click
+from exporting import export
 from importing import import_experts
 from library_changes import card, copy, gc, remove, rename, restore, tag
 from library_history import blame, diff, lineage, log
@@ -122,6 +123,7 @@ def _row(library: ExpertLibrary, name: str, info: ExpertInfo) -> dict[str, Any]:
 for command in (blame, card, copy, diff, gc, lineage, log, remove, rename, restore, tag):
     main.add_command(command)
 main.add_command(import_experts)
+main.add_command(export)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from mttl_experts.jobs import bar, console, known_errors, say
+
+if TYPE_CHECKING:
+    from mttl_experts import ExpertLibrary
+    from mttl_experts.interop.importing import ImportPlan
 
 
 @click.command("import")
@@ -87,7 +92,7 @@ def _check_excluded(exclude: str | None, met: list[str]) -> None:
             raise click.ClickException(f"--exclude {name.strip()!r}: no source has such an expert")
 
 
-def _opened(library: str):  # type: ignore[no-untyped-def]
+def _opened(library: str) -> ExpertLibrary | None:
     """The library, None while there is none; nothing is made before the answer is yes."""
     from mttl_experts import ExpertLibrary
     from mttl_storage import NotFound
@@ -98,7 +103,7 @@ def _opened(library: str):  # type: ignore[no-untyped-def]
         return None
 
 
-def _show(plan, left_out: list[str], uri: str) -> None:  # type: ignore[no-untyped-def]
+def _show(plan: ImportPlan, left_out: list[str], uri: str) -> None:
     from rich.table import Table
 
     if plan.add:
