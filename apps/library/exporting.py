@@ -50,7 +50,7 @@ def export(
     if form != "stacked" and (weights or name):
         raise click.UsageError("--weights and --name are for --format stacked")
     with known_errors(AdapterError):
-        opened = ExpertLibrary(library, selection=list(names) or None, read_only=True)
+        opened = ExpertLibrary.get_expert_library(library, selection=list(names) or None)
         chosen = list(opened)
         if not chosen:
             raise click.ClickException(f"{opened.uri} has no experts to export")

@@ -21,7 +21,7 @@ from mttl_experts.logs import Blame, Event, blame, log
 from mttl_experts.scores import Score
 from mttl_experts.selection import EXPERTS, Selection
 from mttl_experts.updating import take_in
-from mttl_storage import Collected, InvalidName, Repository, parse_uri
+from mttl_storage import Collected, InvalidName, NotFound, Repository, parse_uri
 from mttl_storage import copy as copy_items
 
 
@@ -86,10 +86,24 @@ class ExpertLibrary(LibraryWriter):
     ) -> ExpertLibrary:
         """Open a library as the constructor does; with ``destination_id``, copy it there.
 
+        Where there is no library but plain PEFT adapters, those are shown as they lie, read-only.
+
         Returns:
             The library, or the copy: all of the destination, open for changes.
         """
-        library = cls(repo_id, token, model_name, selection, exclude_selection, create)
+        try:
+            library = cls(repo_id, token, model_name, selection, exclude_selection, create)
+        except NotFound:
+            from mttl_experts.interop.plain_library import PlainExpertLibrary
+
+            library = PlainExpertLibrary(
+                repo_id,
+                token,
+                model_name,
+                selection,
+                exclude_selection,
+                default_scheme=cls.default_scheme,
+            )
         if destination_id is None:
             return library
         same = parse_uri(destination_id).scheme == parse_uri(repo_id, cls.default_scheme).scheme
