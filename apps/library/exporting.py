@@ -86,12 +86,12 @@ def _one(
         library.repository.materialize(dest, [f"experts/{expert.name}"])
         return dest / expert.name
     if form == "dense":
-        from mttl_experts.interop.dense import export_dense
+        from mttl_experts.interop import export_dense
 
         folder = _base_folder(expert, base, whole=True)
         export_dense(expert, folder, dest / expert.name, base_name=base, progress=progress)
         return dest / expert.name
-    from mttl_experts.interop.gguf_lora import export_gguf
+    from mttl_experts.interop import export_gguf
 
     config = json.loads((_base_folder(expert, base, whole=False) / "config.json").read_text())
     path = dest / f"{expert.name}.gguf"

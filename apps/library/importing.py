@@ -11,7 +11,7 @@ from mttl_experts.jobs import bar, console, known_errors, say
 
 if TYPE_CHECKING:
     from mttl_experts import ExpertLibrary
-    from mttl_experts.interop.importing import ImportPlan
+    from mttl_experts.interop import ImportPlan
 
 
 @click.command("import")
@@ -36,7 +36,7 @@ def import_experts(
     A folder or hub repository may hold one adapter or many. Doing it again changes nothing.
     """
     from mttl_experts import ExpertLibrary
-    from mttl_experts.interop.importing import (
+    from mttl_experts.interop import (
         choose,
         find_experts,
         plan_import,

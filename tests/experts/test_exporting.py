@@ -14,8 +14,8 @@ from mttl_experts import (
     UnsupportedAdapterError,
     lora_modules,
 )
-from mttl_experts.interop.dense import RECORD, export_dense
-from mttl_experts.interop.gguf_lora import export_gguf
+from mttl_experts.interop import export_dense, export_gguf
+from mttl_experts.interop.dense import RECORD
 
 UNMERGEABLE = {"prompt", "prefix", "poly", "lora_bias"}
 
@@ -214,3 +214,64 @@ def test_what_has_no_place_in_a_gguf_file_is_refused_by_name(
     with pytest.raises(UnsupportedAdapterError, match=word):
         export_gguf(expert, known, tmp_path / "one.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+# What llama.cpp's own converter made of a real Llama.
+
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+SMOLLM2_MODULES = {
+    "self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576),
+    "self_attn.v_proj": (192, 576), "self_attn.o_proj": (576, 576),
+    "mlp.gate_proj": (1536, 576), "mlp.up_proj": (1536, 576), "mlp.down_proj": (576, 1536),
+}  # fmt: skip
+
+
+def lora_of(deltas):
+    """An expert whose ΔW are the given matrices, as B = ΔW and A = 1."""
+    weights = {}
+    for module, delta in deltas.items():
+        weights[f"base_model.model.{module}.lora_A.weight"] = torch.eye(delta.shape[1])
+        weights[f"base_model.model.{module}.lora_B.weight"] = delta
+    ranks = {module: delta.shape[1] for module, delta in deltas.items()}
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": sorted(ranks),
+              "rank_pattern": ranks, "alpha_pattern": dict(ranks)}  # fmt: skip
+    return Expert(ExpertInfo("all", expert_config=config), weights)
+
+
+def test_every_tensor_is_one_that_the_real_base_has_with_its_shape(make_expert, tmp_path):
+    from mttl_adapters.embedded import embedded_gguf
+
+    real = {t.name: t.shape.tolist() for t in gguf.GGUFReader(embedded_gguf()).tensors}
+    expert = make_expert(shapes=SMOLLM2_MODULES)
+    export_gguf(expert, SMOLLM2, tmp_path / "one.gguf")
+    _, tensors = read_gguf(tmp_path / "one.gguf")
+    assert len(tensors) == 2 * 2 * 7
+    for name in {name.rpartition(".")[0] for name in tensors}:
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        assert [a.shape[1], b.shape[0]] == real[name]  # llama.cpp names the inputs first
+    with pytest.raises(UnsupportedAdapterError, match="lm_head"):
+        export_gguf(lora_of({"lm_head": torch.ones(8, 8)}), SMOLLM2, tmp_path / "x.gguf")
+
+
+@pytest.mark.slow
+def test_rows_are_where_the_real_base_has_them(tmp_path):
+    from safetensors.torch import load_file
+
+    from mttl_adapters.embedded import embedded_folder, embedded_gguf
+
+    weights = load_file(embedded_folder() / "model.safetensors")
+    modules = [f"model.layers.3.{module}" for module in SMOLLM2_MODULES]
+    deltas = {module: weights[f"{module}.weight"].float() for module in modules}
+    export_gguf(lora_of(deltas), SMOLLM2, tmp_path / "all.gguf")
+    fields, tensors = read_gguf(tmp_path / "all.gguf")
+    real = {t.name: t for t in gguf.GGUFReader(embedded_gguf()).tensors}
+    for name in {name.rpartition(".")[0] for name in tensors}:
+        want = gguf.dequantize(real[name].data, real[name].tensor_type)
+        found = llama_cpp_delta(fields, tensors, name)
+        np.testing.assert_allclose(found, want, rtol=1e-6)

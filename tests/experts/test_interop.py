@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from mttl_experts import ExpertExistsError, ExpertLibrary
-from mttl_experts.interop.importing import find_experts, plan_import, renamed, run_import
+from mttl_experts.interop import find_experts, plan_import, renamed, run_import
 from mttl_experts.legacy import RefusedFileError
 from mttl_storage import Corrupt, InvalidName, NotFound
 

@@ -17,7 +17,7 @@ from mttl_experts import (
     UnsupportedAdapterError,
     lora_modules,
 )
-from mttl_experts.interop.importing import find_experts, plan_import, run_import
+from mttl_experts.interop import find_experts, plan_import, run_import
 from mttl_experts.legacy import RefusedFileError
 from mttl_storage import Corrupt, NotFound, filesystem
 

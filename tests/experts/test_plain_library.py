@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mttl_experts import ExpertLibrary, ExpertNotFoundError, UnsupportedAdapterError, lora_modules
-from mttl_experts.interop.plain_library import PlainExpertLibrary
+from mttl_experts.interop import PlainExpertLibrary
 from mttl_storage import Corrupt, NotFound, ReadOnly, filesystem
 
 

@@ -7,12 +7,13 @@ README = Path(__file__).parents[2] / "packages" / "mttl-experts" / "README.md"
 def test_the_readme_examples_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)
     shown = capsys.readouterr().out.splitlines()
     assert shown[:2] == ["('my_task',) ('my_task',)", "[] ['my_expert']"]
-    assert "q_proj.sigma" in shown[-2]
-    assert "exact_match" in shown[-2]
-    assert "name='e1'" in shown[-1]
+    assert "q_proj.sigma" in shown[-4]
+    assert "exact_match" in shown[-4]
+    assert "name='e1'" in shown[-3]
+    assert shown[-2:] == ["['PEFT lora'] [] ['e1']", "['e1'] True"]
