@@ -134,6 +134,30 @@ def test_an_adapter_bin_is_read_as_data_and_equals_its_safetensors(folders, libr
         bring(library, older)
 
 
+def test_a_snapshot_of_the_hub_s_cache_is_read_through_its_links(folders, library, tmp_path):
+    folder = folders("lora") / "lora"
+    snapshot = tmp_path / "snapshots@1" / "abc"
+    snapshot.mkdir(parents=True)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (snapshot / file).symlink_to(f"../../adapters/lora/{file}")
+    bring(library, folder, snapshot)
+    assert library["abc"].digest == library["lora"].digest
+
+
+def test_hub_ids_are_gathered_into_one_library(folders, library, hub, hub_token):
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=hub.endpoint, token=hub_token)
+    for kind in ("lora", "dora"):
+        api.create_repo(f"user/{kind}-adapter")
+        api.upload_folder(repo_id=f"user/{kind}-adapter", folder_path=folders(kind) / kind)
+    sources = ["user/lora-adapter", "hf://user/dora-adapter"]
+    assert bring(library, *sources) == ["dora-adapter", "lora-adapter"]
+    origin = library["lora-adapter"].expert_info.extra["imported"]
+    assert origin == {"format": "peft", "source": "hf://user/lora-adapter"}
+    assert bring(library, *sources) == []
+
+
 def test_card_and_origin_are_kept(folders, library, tmp_path):
     folder = folders("lora") / "lora"
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# card\nlicense: no\n")

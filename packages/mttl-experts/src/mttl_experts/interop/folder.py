@@ -70,7 +70,9 @@ def open_folder(source: str, token: str | None = None) -> Folder:
         NotFound: when nothing is there.
     """
     if "://" not in source and Path(source).expanduser().exists():
-        return _stored(f"local://{Path(source).expanduser()}", token)
+        return _local(Path(source).expanduser().absolute())
+    if source.startswith("local://"):
+        return _local(Path(parse_uri(source).path))
     if "://" in source and not source.startswith("hf://"):
         return _stored(source, token)
     match = _HUB_ID.fullmatch(source)
@@ -87,15 +89,27 @@ def open_folder(source: str, token: str | None = None) -> Folder:
     return _below(found, folder) if folder else found
 
 
+def _local(root: Path) -> Folder:
+    """A folder of this machine; files behind links count, as in the hub's own cache."""
+    if not root.is_dir():
+        raise NotFound(f"there is no folder {str(root)!r}; check the address")
+    files = [path for path in root.rglob("*") if path.is_file()]
+    if not files:
+        raise NotFound(f"there are no files in {str(root)!r}; check the address")
+    sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in files}
+    return _folder(
+        f"local://{root}", root.name, sizes, lambda path: (root / path).read_bytes(), False
+    )
+
+
 def _stored(address: str, token: str | None) -> Folder:
     where = parse_uri(address)
     store = filesystem(where, token)
-    if where.scheme == "local" and not Path(where.path).is_dir():
-        raise NotFound(f"there is no folder {where.path!r}; check the address")
     sizes = {entry.key: entry.size for entry in store.scan("")}
     if not sizes:
         raise NotFound(f"there are no files at {where}; check the address{store.missing_hint}")
-    return _folder(str(where), sizes, store.cat_file, distant=where.scheme in ("az", "hf"))
+    name = where.path.rpartition("/")[2]
+    return _folder(str(where), name, sizes, store.cat_file, distant=where.scheme != "virtual")
 
 
 def _at_revision(repo: str, revision: str, token: str | None) -> Folder:
@@ -131,14 +145,13 @@ def _at_revision(repo: str, revision: str, token: str | None) -> Folder:
         return content
 
     sizes = {path: each.size for path, each in files.items()}
-    return _folder(address, sizes, fetch, distant=True)
+    return _folder(address, repo.rpartition("/")[2], sizes, fetch, distant=True)
 
 
 def _folder(
-    address: str, sizes: Mapping[str, int], fetch: Callable[[str], bytes], distant: bool
+    address: str, name: str, sizes: Mapping[str, int], fetch: Callable[[str], bytes], distant: bool
 ) -> Folder:
     shown = {path: size for path, size in sizes.items() if not _is_hidden(path)}
-    name = address.partition("@")[0].rstrip("/").rpartition("/")[2]
     library = any(path.startswith(f"{PRIVATE}/") for path in sizes)
     return Folder(address, name, dict(sorted(shown.items())), fetch, distant, library)
 
