@@ -103,6 +103,15 @@ from .scores import (
 from .scores import (
     Scores as Scores,
 )
+from .search import (
+    Likeness as Likeness,
+)
+from .search import (
+    Match as Match,
+)
+from .search import (
+    Search as Search,
+)
 from .selection import (
     check_expert_name as check_expert_name,
 )
@@ -149,15 +158,18 @@ __all__ = [
     "HFExpertLibrary",
     "IncompatibleExpertError",
     "IncompatibleExpertWarning",
+    "Likeness",
     "Lineage",
     "LocalExpertLibrary",
     "LoraFactors",
+    "Match",
     "ModuleDifference",
     "Node",
     "Recipe",
     "Score",
     "ScoreNotFoundError",
     "Scores",
+    "Search",
     "SpectralForm",
     "UnsupportedAdapterError",
     "VirtualLocalLibrary",

@@ -15,6 +15,7 @@ from mttl_experts.errors import ExpertExistsError, IncompatibleExpertError, expe
 from mttl_experts.expert import Expert, ExpertInfo
 from mttl_experts.reading import LibraryReader
 from mttl_experts.scores import Scores
+from mttl_experts.search import Search
 from mttl_experts.selection import EXPERTS, Selection, check_expert_name
 from mttl_storage import Batch, Conflict, Item, ReadOnly, Repository
 
@@ -32,6 +33,7 @@ class LibraryWriter(LibraryReader):
         self._staged: dict[str, ExpertInfo | None] = {}
         self.artifacts = Artifacts(self)
         self.scores = Scores(self.artifacts)
+        self.search = Search(self)
 
     def add_expert(self, expert: Expert) -> str:
         """Add an expert under its own name; one that is there already, in every part, is left.
