@@ -11,6 +11,7 @@ from importing import import_experts
 from library_changes import card, copy, gc, remove, rename, restore, tag
 from library_history import blame, diff, lineage, log
 from library_options import address, as_json, in_library, open_library
+from searching import search
 
 from mttl_experts.jobs import bar, console, known_errors
 
@@ -124,7 +125,7 @@ for command in (blame, card, copy, diff, gc, lineage, log, remove, rename, resto
     main.add_command(command)
 main.add_command(import_experts)
 main.add_command(export)
-
+main.add_command(search)
 
 if __name__ == "__main__":
     main(prog_name="apps/library")
