@@ -1,15 +1,17 @@
 """Sketches of every expert of a library, kept among its artifacts, and the nearest by them.
 
-They are kept in segments: one artifact for up to 2,048 experts, with a row for each in the order of
+They are kept in segments: one artifact for up to 256 experts, with a row for each in the order of
 their digests. As an artifact is keyed by the content it came from, a row can only ever speak for
-the weights it was made of. An expert that comes in makes a small segment; many small ones are put
-together; rows of experts that are gone are never looked at, and left behind at the next such time.
+the weights it was made of. An expert that comes in makes a small segment, and many small ones are
+put together. Rows of experts that are gone are never looked at, and their segment is written again
+without them, before it is collected with them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,7 @@ from mttl_experts.expert import Expert
 from mttl_experts.search.sketch import WIDTH, sketch
 from mttl_experts.spectral import inner_product, lora_modules
 from mttl_storage import Conflict, Corrupt, Denied, ReadOnly, StorageFull
+from mttl_storage.store.transfer import in_parallel
 
 if TYPE_CHECKING:
     from mttl_experts.changing import LibraryWriter
@@ -28,8 +31,9 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int | None], object]
 
 RECIPE = {"kind": "sketches", "version": 1, "width": WIDTH}
-# The log names the experts of each segment, so the rows of one are few enough for one record.
-SEGMENT_ROWS = 2048
+# The log names the experts of each segment; and one that is removed for good takes its segment
+# along, so that as many sketches are made again.
+SEGMENT_ROWS = 256
 # Segments that are less than half full and are let be.
 SMALL_SEGMENTS = 8
 # Between two commits while indexing: what an interruption can cost.
@@ -98,8 +102,7 @@ class SketchIndex:
                     made, last = {}, time.monotonic()
         finally:
             self._keep(made)
-        if missing:
-            self._tidy()
+        self._tidy()
         self._look_at(experts)
 
     def refusals(self, digests: Collection[str]) -> dict[str, str]:
@@ -133,12 +136,14 @@ class SketchIndex:
         artifacts = self._library.artifacts
         there = {entry.item: entry for entry in artifacts.entries() if entry.recipe == RECIPE}
         self._kept = {item: self._kept[item] for item in self._kept.keys() & there.keys()}
-        for item in there.keys() - self._kept.keys():
+
+        def load(item: str) -> None:
             digests = there[item].experts
-            try:
+            # What is damaged is made again; verify says what it was.
+            with suppress(Corrupt, ValueError, KeyError):
                 self._kept[item] = Segment.of(digests, artifacts.get(digests, RECIPE))
-            except (Corrupt, ValueError, KeyError):
-                continue  # what is damaged is made again; verify says what it was
+
+        in_parallel(load, sorted(there.keys() - self._kept.keys()))
         kept = {digest for segment in self._kept.values() for digest in segment.digests}
         self._own = [segment for segment in self._own if not kept.issuperset(segment.digests)]
 
@@ -159,15 +164,14 @@ class SketchIndex:
         self._load()
 
     def _tidy(self) -> None:
-        """Put small segments together, without the rows of experts that are gone."""
-        items = self._library.repository.items("experts/").values()
-        there = {item.digest for item in items}
-        small = {
-            item: segment
-            for item, segment in self._kept.items()
-            if len(there.intersection(segment.digests)) < SEGMENT_ROWS // 2
-        }
-        if len(small) <= SMALL_SEGMENTS or self._library.writer() is not self._library.repository:
+        """Write anew the segments with rows of what is gone, and many small ones together."""
+        there = {item.digest for item in self._library.repository.items("experts/").values()}
+        left = {k: len(there.intersection(segment.digests)) for k, segment in self._kept.items()}
+        stale = {k for k, segment in self._kept.items() if left[k] < len(segment.digests)}
+        parted = {k for k in self._kept if left[k] < SEGMENT_ROWS // 2}
+        chosen = stale | (parted if len(parted) > SMALL_SEGMENTS else set())
+        small = {k: self._kept[k] for k in sorted(chosen)}
+        if not small or self._library.writer() is not self._library.repository:
             return
         rows = {
             digest: (segment.rows[row], segment.norms[row])
