@@ -99,6 +99,7 @@ def test_ids_of_the_clouds_are_written_without_a_scheme(new_address, make_expert
 
 
 def test_a_missing_library_is_an_error_unless_it_is_to_be_created(address):
+    """FIELD: the process exits inside a constructor."""
     with pytest.raises(NotFound, match="library"):
         ExpertLibrary(address())
     assert len(ExpertLibrary(address(), create=True)) == 0
@@ -613,3 +614,16 @@ def test_facts_at_hand_are_the_callers_own(library, make_expert):
     info.expert_config["target_modules"].append("x")
     info.metrics["x"] = 1
     assert library.infos()["e1"] == make_expert("e1").expert_info
+
+
+def test_all_weights_are_loaded_together(library, make_expert):
+    for seed, name in enumerate("abc"):
+        library.add_expert(make_expert(name, seed=seed))
+    library.add_expert(bare("d"))
+    loaded = ExpertLibrary(library.uri).load()
+    assert list(loaded) == ["a", "b", "c", "d"]
+    assert all("tensors" in repr(loaded[name].expert_weights) for name in "abc")
+    assert all(same(loaded[name], library[name]) for name in loaded)
+    assert list(library.load(["c", "a"])) == ["a", "c"]
+    with pytest.raises(ExpertNotFoundError, match="'e'"):
+        library.load(["e"])

@@ -78,6 +78,7 @@ def test_a_hard_removal_is_a_part_of_its_batch(filled, make_expert):
 
 
 def test_gc_collects_artifacts_and_scores_with_their_expert(filled, make_expert):
+    """FIELD: Azure deletes are never awaited, among others."""
     filled.replace_expert(make_expert("a", seed=7))
     filled.remove_expert("b")
     filled.gc()  # within the grace nothing goes

@@ -81,3 +81,37 @@ def test_lazy_tensors_are_fetched_once_and_only_when_asked_for():
     assert "c" not in lazy
     assert torch.equal(pickle.loads(pickle.dumps(lazy))["a"], torch.ones(2))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int64", "uint8", "bool"])
+def test_a_file_is_mapped_as_safetensors_reads_it(tmp_path, dtype):
+    tensors = {
+        "scalar": torch.tensor(1).to(getattr(torch, dtype)),
+        "table": torch.arange(6).view(2, 3).to(getattr(torch, dtype)),
+    }
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(to_safetensors(tensors))
+    found = from_safetensors(path)
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
+        name: (t.dtype, t.shape) for name, t in tensors.items()
+    }
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    found["table"].zero_()  # the mapping is private
+    assert torch.equal(from_safetensors(path)["table"], tensors["table"])
+    assert to_safetensors(from_safetensors(path)) == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"a": torch.zeros(0, 3), "b": torch.ones(2)},
+        {"a": torch.ones(3).to(torch.float8_e4m3fn), "b": torch.ones(2)},
+        {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(2)},
+    ],
+)
+def test_what_cannot_be_mapped_is_read_all_the_same(tmp_path, tensors):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(to_safetensors(tensors))
+    found = from_safetensors(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[n].float(), tensors[n].float()) for n in tensors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -21,6 +21,7 @@ from mttl_experts.expert import (
 from mttl_experts.selection import EXPERTS, Selection
 from mttl_experts.tensors import LazyTensors, from_safetensors
 from mttl_storage import Batch, Commit, Corrupt, Item, NotFound, Problem, Repository, StorageError
+from mttl_storage.store.transfer import in_parallel
 
 
 class LibraryReader:
@@ -106,6 +107,16 @@ class LibraryReader:
         """The experts, by name."""
         for _, expert in self.items():
             yield expert
+
+    def load(self, names: Iterable[str] | None = None) -> dict[str, Expert]:
+        """Experts by name with their weights at hand: read, verified and mapped together.
+
+        Args:
+            names: of the experts; all that it shows by default.
+        """
+        shown = dict(self.items()) if names is None else {n: self[n] for n in sorted(set(names))}
+        in_parallel(len, [e.expert_weights for e in shown.values() if e.expert_weights is not None])
+        return shown
 
     def infos(self) -> dict[str, ExpertInfo]:
         """Facts of every expert, by name, from the log alone: no weights are read."""
