@@ -29,7 +29,11 @@ def test_an_expert_is_trained_scored_and_kept_with_its_facts(train, base_folder)
     assert info.tasks == ("copy_last",)
     assert info.expert_model == str(base_folder)
     assert info.model_fingerprint
-    assert info.recipe_digest
+    assert info.model_architecture == "llama"
+    assert info.recipe_digest == library.recipe("copy_last").digest
+    assert info.dataset_digest
+    assert library.recipe("copy_last").tools["peft"]
+    assert {node.kind for node in library.lineage("copy_last").nodes} == {"expert", "data", "base"}
     assert info.metrics["examples"] == 24
     (row,) = results()["experts"]
     assert row["metric"] == "rouge_l"

@@ -220,6 +220,9 @@ def test_the_result_says_what_it_was_made_from(mixed_experts):
     info = merged.expert_info
     assert info.expert_name == "mix"
     assert info.parents == tuple(sorted(e.name for e in mixed_experts))
+    by_name = {expert.name: expert.digest for expert in mixed_experts}
+    assert dict(zip(info.parents, info.parent_digests, strict=True)) == by_name
+    assert info.training_config["versions"].keys() == {"torch", "mttl-routing"}
     assert info.tasks == tuple(sorted(e.name for e in mixed_experts))
     assert info.expert_model == mixed_experts[0].expert_info.expert_model
     config = info.training_config

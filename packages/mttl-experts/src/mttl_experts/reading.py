@@ -115,7 +115,11 @@ class LibraryReader:
             names: of the experts; all that it shows by default.
         """
         shown = dict(self.items()) if names is None else {n: self[n] for n in sorted(set(names))}
-        in_parallel(len, [e.expert_weights for e in shown.values() if e.expert_weights is not None])
+        if self._repository.store.scheme != "virtual":  # whose files are in memory already
+            kept = [EXPERTS + n for n, expert in shown.items() if expert.expert_weights is not None]
+            in_parallel(lambda name: self._repository.path(name, WEIGHTS_FILE), kept)
+        for expert in shown.values():  # one after the other: Python's part of it gains no threads
+            len(expert.expert_weights or ())
         return shown
 
     def infos(self) -> dict[str, ExpertInfo]:
