@@ -65,6 +65,11 @@ def hub():
 
     with LoopbackHub(tokens={TOKEN: "write"}) as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", server.endpoint)
+        # What other libraries ask by themselves, huggingface_hub read when it was imported.
+        template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
+        patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr("huggingface_hub.hf_api.api.endpoint", server.endpoint)
         patch.setenv("HF_TOKEN", TOKEN)
         yield server
 
