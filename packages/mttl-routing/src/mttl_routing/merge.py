@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mttl_experts import Expert, ExpertInfo, LoraFactors, UnsupportedAdapterError, recipe_digest
 from mttl_routing.cohort import Experts, check_one_base, experts_of, factors_by_module
-from mttl_routing.merges import MERGES, Merge, MergeRule, Update
+from mttl_routing.merges import MERGES, LowRank, Merge, MergeRule, Update, bind
 from mttl_routing.merges.factoring import Factored, factored
 
 Progress = Callable[[str, int, int | None], object]
@@ -30,9 +30,10 @@ def merge(
     *,
     weights: Weights | None = None,
     rank: int | None = None,
-    density: float | None = None,
+    scale: float | None = None,
     name: str | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Expert:
     """One expert that does what ``experts`` do together, by a method of :data:`MERGES`.
 
@@ -50,9 +51,12 @@ def merge(
             weigh all experts 1 where none are given.
         rank: cut every module to this rank at most and report the energy lost; None loses nothing
             and gives a rank of at most min(Σr, i, o), or min(i, o) where the method is not linear.
-        density: share of entries that ``ties`` keeps of each expert's ΔW, 0.2 if not given.
+        scale: what the result is multiplied by, λ in most papers; the method's own if not given,
+            which is 1 unless :data:`MERGES` says otherwise.
         name: of the result; the method and the first digits of the recipe digest if not given.
         progress: told of each module: "", how many are merged, and how many there are.
+        **options: what the method takes besides, such as ``density``; :data:`MERGES` has the names
+            and defaults, the method's function says what they mean.
 
     Returns:
         A LoRA expert in float32 whose scaling is 1 everywhere.
@@ -63,13 +67,17 @@ def merge(
     """
     chosen = experts_of(experts)
     kind, method_name = _method(method)
-    options = _options(kind, method_name, {"density": density})
+    rule, chosen_options = bind(kind, method_name, options)
+    scale = _scale(kind.scale if scale is None else scale)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is {rank!r}; it takes a whole number from 1, or None for all of it")
-    weighted = list(zip(chosen, _weights(kind, method_name, chosen, weights), strict=True))
+    given_weights = _weights(kind, method_name, chosen, weights)
     # By digest, so that no sum depends on the order in which the experts came.
-    weighted.sort(key=lambda pair: (pair[0].digest, pair[1], pair[0].name))
-    ordered = [expert for expert, _ in weighted]
+    weighted = sorted(
+        zip((expert.digest for expert in chosen), given_weights, chosen, strict=True),
+        key=lambda entry: (entry[0], entry[1], entry[2].name),
+    )
+    ordered = [expert for _, _, expert in weighted]
     check_one_base(ordered)
 
     results: dict[str, Factored] = {}
@@ -77,13 +85,13 @@ def merge(
     table = factors_by_module(ordered)
     for module, column in table.items():
         updates = []
-        for (expert, weight), factors in zip(weighted, column, strict=True):
+        for (digest, weight, expert), factors in zip(weighted, column, strict=True):
             if factors is None:
                 missing.setdefault(expert.name, []).append(module)
             else:
                 _check_finite(expert, module, factors)
-                updates.append(Update(factors, weight))
-        results[module] = factored(kind.rule(updates, **options), rank)
+                updates.append(Update(factors, weight, f"{digest}/{module}"))
+        results[module] = factored(_scaled(rule(updates), scale), rank)
         if progress is not None:
             progress("", len(results), len(table))
 
@@ -91,10 +99,10 @@ def merge(
         "kind": "merge",
         "format": 1,
         "method": method_name,
-        "options": options,
+        "options": chosen_options,
         "rank": rank,
-        "experts": [{"digest": expert.digest, "weight": weight} for expert, weight in weighted],
-    }
+        "experts": [{"digest": digest, "weight": weight} for digest, weight, _ in weighted],
+    } | ({} if scale == 1.0 else {"scale": scale})
     digest = recipe_digest(recipe)
     infos = [expert.expert_info for expert in ordered]
     parents = sorted({(expert.name, expert.digest) for expert in ordered})
@@ -150,15 +158,16 @@ def _short(method: str) -> str:
     return re.split(r"[:.]", method)[-1]
 
 
-def _options(kind: Merge, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    options = dict(kind.options)
-    for option, value in given.items():
-        if value is None:
-            continue
-        if option not in options:
-            raise ValueError(f"method {name!r} takes no {option}, got {option}={value!r}")
-        options[option] = value
-    return options
+def _scale(scale: float) -> float:
+    if isinstance(scale, bool) or not math.isfinite(scale):
+        raise ValueError(f"scale is {scale!r}; it takes a number")
+    return float(scale)
+
+
+def _scaled(update: LowRank | Tensor, scale: float) -> LowRank | Tensor:
+    if scale == 1.0:
+        return update
+    return LowRank(update.a, update.b * scale) if isinstance(update, LowRank) else update * scale
 
 
 def _weights(

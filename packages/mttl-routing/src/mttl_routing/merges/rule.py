@@ -13,14 +13,31 @@ from mttl_experts import LoraFactors
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What one expert changes in one module, and its weight in the merge."""
+    """What one expert changes in one module, and its weight in the merge.
+
+    Attributes:
+        factors: its LoRA in the module.
+        weight: as asked for.
+        source: the expert's digest and the module's path, by which random draws are keyed.
+    """
 
     factors: LoraFactors
     weight: float
+    source: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of ΔW: (o, i)."""
+        return int(self.factors.b.shape[0]), int(self.factors.a.shape[1])
+
+    @property
+    def scaled_b(self) -> Tensor:
+        """B with the scaling in it, (o, r) float32, so that ΔW is ``scaled_b @ a``."""
+        return self.factors.b.float() * self.factors.scaling
 
     def dense(self) -> Tensor:
         """ΔW = s·B·A, (o, i) float32, without the weight."""
-        return (self.factors.b.float() * self.factors.scaling) @ self.factors.a.float()
+        return self.scaled_b @ self.factors.a.float()
 
 
 class LowRank(NamedTuple):

@@ -1,0 +1,314 @@
+"""Every merge method against a slow dense version in float64, and against the laws that it has."""
+
+import copy
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mttl_experts import Expert, lora_modules
+from mttl_routing import MERGES, merge
+
+WHOLE = {"scale": 1.0}
+"""Without a factor λ, under which no merge of one could be itself."""
+
+# What a merge of one, or of equals, is; how it goes with the experts' size; and whether the way in
+# which ΔW is split into A and B counts. Options under which a law holds, or why it does not.
+ONE, EQUAL, SIZE, SPLIT = "one", "equal", "size", "split"
+NO_WEIGHT = "its weights are the caller's"
+SUM = "it is a sum, so n equal experts give n times that expert"
+
+
+@dataclass(frozen=True)
+class Given:
+    """One expert in one module, for a slow version."""
+
+    delta: Tensor
+    weight: float
+    a: Tensor
+    b: Tensor  # with the scaling in it
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method: its slow version and its laws."""
+
+    slow: Callable[..., Tensor]
+    laws: Mapping[str, Mapping[str, Any] | str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weights: Callable[[int], list[float]] | None = None
+    n_experts: int = 4
+    tolerance: float = 1e-5
+
+
+def slow_sum(given: list[Given], scale: float = 1.0) -> Tensor:
+    return scale * sum(g.delta * g.weight for g in given)
+
+
+def slow_ties(given: list[Given], density: float = 0.2) -> Tensor:
+    """Entry by entry."""
+    trimmed = []
+    for g in given:
+        keep = max(1, round(density * g.delta.numel()))
+        least = sorted(g.delta.abs().flatten().tolist(), reverse=True)[keep - 1]
+        trimmed.append(g.delta * (g.delta.abs() >= least))
+    return slow_agreement(trimmed, [g.weight for g in given])
+
+
+def slow_agreement(deltas: list[Tensor], weights: list[float]) -> Tensor:
+    out = torch.zeros_like(deltas[0])
+    for place in itertools.product(*map(range, out.shape)):
+        values = [(float(d[place]), w) for d, w in zip(deltas, weights, strict=True)]
+        total = sum(v * w for v, w in values)
+        agreeing = [(v, w) for v, w in values if v * total > 0]
+        if agreeing:
+            out[place] = sum(v * w for v, w in agreeing) / sum(w for _, w in agreeing)
+    return out
+
+
+def uneven(n: int) -> list[float]:
+    return [0.5 + 0.25 * position for position in range(n)]
+
+
+CASES: dict[str, Case] = {
+    "uniform": Case(slow_sum, {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: {}}),
+    "weighted": Case(
+        slow_sum, {ONE: NO_WEIGHT, EQUAL: NO_WEIGHT, SIZE: {}, SPLIT: {}}, weights=uneven
+    ),
+    "task_arithmetic": Case(
+        lambda given: slow_sum(given, 0.4), {ONE: WHOLE, EQUAL: SUM, SIZE: {}, SPLIT: {}}
+    ),
+    "ties": Case(slow_ties, {ONE: {"density": 1.0}, EQUAL: {"density": 1.0}, SIZE: {}, SPLIT: {}}),
+}
+
+METHODS = sorted(CASES)
+
+
+def deltas_of(expert: Expert) -> dict[str, Tensor]:
+    """ΔW by module, in float64."""
+    factors = lora_modules(expert)
+    return {module: f.scaling * f.b.double() @ f.a.double() for module, f in factors.items()}
+
+
+def default_weight(method: str, n: int) -> float:
+    weight = MERGES[method].default_weight
+    return 1.0 if weight is None else weight(n)
+
+
+def slow_merge(experts: list[Expert], method: str) -> dict[str, Tensor]:
+    case, n = CASES[method], len(experts)
+    weights = case.weights(n) if case.weights else [default_weight(method, n)] * n
+    by_digest = sorted(zip((e.digest for e in experts), experts, weights, strict=True), key=first)
+    modules = sorted(set().union(*(lora_modules(e) for e in experts)))
+    merged = {}
+    for module in modules:
+        given = []
+        for digest, expert, weight in by_digest:
+            f = lora_modules(expert).get(module)
+            if f is not None:
+                a, b = f.a.double(), f.b.double() * f.scaling
+                given.append(Given(b @ a, weight, a, b, f"{digest}/{module}"))
+        merged[module] = case.slow(given)
+    return merged
+
+
+def first(entry: tuple[Any, ...]) -> Any:
+    return entry[0]
+
+
+def do_merge(experts: list[Expert], method: str, **options: Any) -> Expert:
+    case = CASES[method]
+    weights = case.weights(len(experts)) if case.weights else None
+    return merge(experts, method, weights=weights, **{**case.options, **options})
+
+
+@pytest.fixture
+def patterned(make_expert) -> list[Expert]:
+    """Of one rank, as some methods need, and unlike in scaling, patterns and modules."""
+    return [
+        make_expert("ada"),
+        make_expert("ben", alpha=5, rslora=True, targets=("q_proj", "down_proj")),
+        make_expert("cyd", alpha_pattern={"v_proj": 3}),
+        make_expert("dan", layers=(1,), targets=("v_proj", "up_proj")),
+    ]
+
+
+@pytest.fixture
+def some(make_expert, mixed_experts, patterned) -> Callable[[str], list[Expert]]:
+    def choose(method: str) -> list[Expert]:
+        experts = patterned if method == "linear_factors" else mixed_experts
+        return experts[: CASES[method].n_experts]
+
+    return choose
+
+
+def law(name: str) -> Any:
+    """Runs a test for each method that has the law, with the options under which it has it."""
+    having = [(m, c.laws[name]) for m, c in sorted(CASES.items())]
+    rows = [(m, dict(options)) for m, options in having if not isinstance(options, str)]
+    return pytest.mark.parametrize(("method", "options"), rows, ids=[m for m, _ in rows])
+
+
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for module, delta in expected.items():
+        size = float(delta.abs().max()) or 1.0
+        error = float((found[module] - delta).abs().max())
+        assert error <= tolerance * max(1.0, size), f"{module}: {error} of {size}"
+
+
+def test_every_method_has_a_case_and_says_of_every_law_whether_and_why():
+    assert CASES.keys() == MERGES.keys()
+    for method, case in CASES.items():
+        assert case.laws.keys() == {ONE, EQUAL, SIZE, SPLIT}, method
+        assert all(options != "" for options in case.laws.values()), method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_slow_dense_version_agrees(some, method):
+    experts = some(method)
+    same(deltas_of(do_merge(experts, method)), slow_merge(experts, method), CASES[method].tolerance)
+
+
+@law(ONE)
+def test_a_merge_of_one_is_itself(make_expert, method, options):
+    expert = make_expert("one", rslora=True, alpha_pattern={"q_proj": 5})
+    same(deltas_of(do_merge([expert], method, **options)), deltas_of(expert), 1e-5)
+
+
+@law(EQUAL)
+def test_equal_experts_give_that_expert(make_expert, method, options):
+    expert = make_expert("same")
+    experts = [expert] * (2 if CASES[method].n_experts == 2 else 3)
+    same(deltas_of(do_merge(experts, method, **options)), deltas_of(expert), 1e-5)
+
+
+def scaled(expert: Expert, factor: float) -> Expert:
+    return Expert(
+        expert.expert_info,
+        {k: v * factor if "lora_B" in k else v for k, v in expert.expert_weights.items()},
+    )
+
+
+@law(SIZE)
+def test_twice_the_experts_give_twice_the_merge(some, method, options):
+    experts = some(method)
+    # Twice keeps every digit, so that nothing is decided otherwise because of rounding.
+    one = deltas_of(do_merge(experts, method, **options))
+    two = deltas_of(do_merge([scaled(e, 2.0) for e in experts], method, **options))
+    same(two, {module: 2 * delta for module, delta in one.items()}, CASES[method].tolerance)
+
+
+def split_otherwise(expert: Expert) -> Expert:
+    """The same ΔW as another B and A."""
+    weights = {}
+    for key, a in expert.expert_weights.items():
+        if "lora_A" in key:
+            other = key.replace("lora_A", "lora_B")
+            generator = torch.Generator().manual_seed(len(key))
+            mix = torch.randn(a.shape[0], a.shape[0], generator=generator).double()
+            mix = torch.linalg.qr(mix).Q * torch.linspace(0.5, 2.0, a.shape[0])
+            weights[key] = (mix @ a.double()).float()
+            b = expert.expert_weights[other].double()
+            weights[other] = (b @ torch.linalg.inv(mix)).float()
+    return Expert(expert.expert_info, weights)
+
+
+@law(SPLIT)
+def test_how_an_update_is_split_into_its_factors_does_not_matter(make_expert, method, options):
+    n = CASES[method].n_experts
+    experts = [make_expert(f"e{k}", rank=3) for k in range(n)]
+    one = deltas_of(do_merge(experts, method, **options))
+    weights = uneven(n) if CASES[method].weights else None
+    other = deltas_of(
+        merge(
+            [split_otherwise(e) for e in experts],
+            method,
+            weights=weights,
+            **{**CASES[method].options, **options},
+        )
+    )
+    same(other, one, 1e-4)
+
+
+def sha(expert: Expert) -> str:
+    return hashlib.sha256(expert.files()["adapter_model.safetensors"]).hexdigest()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_bytes_are_the_same_on_two_runs_and_on_shuffled_input(some, method, rank):
+    experts = some(method)
+    n = len(experts)
+    weights = CASES[method].weights(n) if CASES[method].weights else None
+    found = set()
+    for order in [list(range(n)), list(range(n)), list(range(n))[::-1], [*range(1, n), 0]]:
+        found.add(
+            sha(
+                merge(
+                    [copy.deepcopy(experts[k]) for k in order],
+                    method,
+                    weights=weights and [weights[k] for k in order],
+                    rank=rank,
+                    **CASES[method].options,
+                )
+            )
+        )
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_of_bfloat16_are_merged_in_float32(some, method):
+    experts = [
+        replace(e, expert_weights={k: v.bfloat16() for k, v in e.expert_weights.items()})
+        for e in some(method)
+    ]
+    merged = do_merge(experts, method)
+    assert {w.dtype for w in merged.expert_weights.values()} == {torch.float32}
+    same(deltas_of(merged), slow_merge(experts, method), CASES[method].tolerance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_without_any_update_give_none(make_expert, method):
+    n = CASES[method].n_experts
+    blank = [scaled(make_expert(f"z{k}"), 0.0) for k in range(n)]
+    for delta in deltas_of(do_merge(blank, method)).values():
+        assert float(delta.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"bias": "all"}, {"lora_bias": True}])
+def test_dora_and_bias_are_refused_by_name(make_expert, method, config):
+    n = CASES[method].n_experts
+    experts = [make_expert("more", **config), *(make_expert(f"e{k}") for k in range(n - 1))]
+    word = "DoRA" if "use_dora" in config else "bias"
+    with pytest.raises(ValueError, match=word):
+        do_merge(experts, method)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "ties", "depth": 1}, "'ties' takes no depth, got depth=1; it takes density"),
+        ({"method": "uniform", "scale": float("nan")}, "scale is nan"),
+        ({"method": "uniform", "scale": True}, "scale is True"),
+    ],
+)
+def test_bad_options_get_one_clear_line(make_expert, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        merge([make_expert("e1"), make_expert("e2")], **arguments)
+
+
+def test_scale_multiplies_the_result_and_is_kept_in_the_recipe(make_expert):
+    experts = [make_expert("e1"), make_expert("e2")]
+    one = merge(experts, "task_arithmetic", scale=1.0)
+    other = merge(experts, "task_arithmetic")
+    same(deltas_of(other), {m: 0.4 * d for m, d in deltas_of(one).items()}, 1e-6)
+    assert other.expert_info.training_config["scale"] == 0.4
+    assert one.expert_info.recipe_digest != other.expert_info.recipe_digest
