@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ WHOLE = {"scale": 1.0}
 # which ΔW is split into A and B counts. Options under which a law holds, or why it does not.
 ONE, EQUAL, SIZE, SPLIT = "one", "equal", "size", "split"
 NO_WEIGHT = "its weights are the caller's"
+DIGEST = "its draws are keyed by the digest, which is another for other bytes"
 SUM = "it is a sum, so n equal experts give n times that expert"
 
 
@@ -72,6 +74,31 @@ def slow_agreement(deltas: list[Tensor], weights: list[float]) -> Tensor:
     return out
 
 
+def slow_draws(given: Given, seed: int = 0) -> Tensor:
+    """Element by element, each from its own place in the stream."""
+    key = hashlib.sha256(f"{seed}/{given.source}".encode()).digest()[:16]
+    numbers = []
+    for element in range(given.delta.numel()):
+        stream = np.random.Philox(key=int.from_bytes(key, "little"))
+        stream.advance(element // 8)  # a step is four words of 64 bits
+        word = int(stream.random_raw(4)[element // 2 % 4])
+        numbers.append((word >> 32 if element % 2 else word & 0xFFFFFFFF) / 2**32)
+    return torch.tensor(numbers, dtype=torch.float64).reshape(given.delta.shape)
+
+
+def slow_dropped(given: list[Given], density: float = 0.5) -> list[Tensor]:
+    return [torch.where(slow_draws(g) < density, g.delta / density, 0.0) for g in given]
+
+
+def slow_dare_linear(given: list[Given]) -> Tensor:
+    dropped = slow_dropped(given)
+    return 0.4 * sum(d * g.weight for d, g in zip(dropped, given, strict=True))
+
+
+def slow_dare_ties(given: list[Given]) -> Tensor:
+    return slow_agreement(slow_dropped(given), [g.weight for g in given])
+
+
 def uneven(n: int) -> list[float]:
     return [0.5 + 0.25 * position for position in range(n)]
 
@@ -85,6 +112,15 @@ CASES: dict[str, Case] = {
         lambda given: slow_sum(given, 0.4), {ONE: WHOLE, EQUAL: SUM, SIZE: {}, SPLIT: {}}
     ),
     "ties": Case(slow_ties, {ONE: {"density": 1.0}, EQUAL: {"density": 1.0}, SIZE: {}, SPLIT: {}}),
+    "dare_linear": Case(
+        slow_dare_linear,
+        {ONE: {"density": 1.0} | WHOLE, EQUAL: SUM, SIZE: DIGEST, SPLIT: DIGEST},
+    ),
+    "dare_ties": Case(
+        slow_dare_ties,
+        # Equal experts are thinned alike, as they have one digest, and so do not become themselves.
+        {ONE: {"density": 1.0}, EQUAL: {"density": 1.0}, SIZE: DIGEST, SPLIT: DIGEST},
+    ),
 }
 
 METHODS = sorted(CASES)
@@ -298,6 +334,9 @@ def test_dora_and_bias_are_refused_by_name(make_expert, method, config):
         ({"method": "ties", "depth": 1}, "'ties' takes no depth, got depth=1; it takes density"),
         ({"method": "uniform", "scale": float("nan")}, "scale is nan"),
         ({"method": "uniform", "scale": True}, "scale is True"),
+        ({"method": "dare_ties", "seed": 0.5}, "seed is 0.5"),
+        ({"method": "dare_linear", "density": 1.5}, "density is 1.5"),
+        ({"method": "dare_ties", "weights": [1, -1]}, "dare_ties takes weights above zero"),
     ],
 )
 def test_bad_options_get_one_clear_line(make_expert, arguments, message):
@@ -312,3 +351,30 @@ def test_scale_multiplies_the_result_and_is_kept_in_the_recipe(make_expert):
     same(deltas_of(other), {m: 0.4 * d for m, d in deltas_of(one).items()}, 1e-6)
     assert other.expert_info.training_config["scale"] == 0.4
     assert one.expert_info.recipe_digest != other.expert_info.recipe_digest
+
+
+def test_draws_do_not_depend_on_the_other_experts_or_modules(make_expert):
+    """Each expert's part in a sum is what it is alone."""
+    experts = [make_expert("e1"), make_expert("e2", targets=("q_proj", "up_proj"))]
+    apart = [deltas_of(merge([e], "dare_linear", seed=7)) for e in experts]
+    both = deltas_of(merge(experts, "dare_linear", seed=7))
+    expected = {m: sum(d[m] for d in apart if m in d) for m in both}
+    same(both, expected, 1e-5)
+
+
+def test_another_seed_draws_otherwise_and_a_method_without_draws_leaves_it_out(make_expert):
+    experts = [make_expert("e1"), make_expert("e2")]
+    digests = {merge(experts, "dare_ties", seed=seed).digest for seed in (0, 1, -5, 2**70)}
+    assert len(digests) == 4
+    one, other = merge(experts, "ties"), merge(experts, "ties", seed=1)
+    assert one.expert_info.recipe_digest == other.expert_info.recipe_digest
+
+
+def test_the_share_asked_for_is_kept_and_the_mean_stays(make_expert):
+    """Over the draws: 32·32 entries, 4 standard deviations."""
+    expert = make_expert("e1", layers=(0,), targets=("q_proj",))
+    (delta,) = deltas_of(expert).values()
+    (found,) = deltas_of(merge([expert], "dare_ties", density=0.25)).values()
+    stayed = found != 0
+    assert abs(float(stayed.double().mean()) - 0.25) < 4 * (0.25 * 0.75 / 1024) ** 0.5
+    torch.testing.assert_close(found[stayed], delta[stayed] * 4, rtol=1e-5, atol=1e-6)

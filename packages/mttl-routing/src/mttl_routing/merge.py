@@ -31,6 +31,7 @@ def merge(
     weights: Weights | None = None,
     rank: int | None = None,
     scale: float | None = None,
+    seed: int = 0,
     name: str | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -53,6 +54,8 @@ def merge(
             and gives a rank of at most min(Σr, i, o), or min(i, o) where the method is not linear.
         scale: what the result is multiplied by, λ in most papers; the method's own if not given,
             which is 1 unless :data:`MERGES` says otherwise.
+        seed: of methods that draw at random. What they draw depends on it, the expert's digest, the
+            module and the element, and on nothing else; without effect on the other methods.
         name: of the result; the method and the first digits of the recipe digest if not given.
         progress: told of each module: "", how many are merged, and how many there are.
         **options: what the method takes besides, such as ``density``; :data:`MERGES` has the names
@@ -67,7 +70,9 @@ def merge(
     """
     chosen = experts_of(experts)
     kind, method_name = _method(method)
-    rule, chosen_options = bind(kind, method_name, options)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed is {seed!r}; it takes a whole number")
+    rule, chosen_options = bind(kind, method_name, options, seed)
     scale = _scale(kind.scale if scale is None else scale)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is {rank!r}; it takes a whole number from 1, or None for all of it")

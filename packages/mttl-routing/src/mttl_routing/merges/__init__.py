@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mttl_routing.merges.dare import dare_linear, dare_ties
 from mttl_routing.merges.linear import linear
 from mttl_routing.merges.rule import LowRank, MergeRule, Update
 from mttl_routing.merges.ties import ties
@@ -29,6 +30,7 @@ class Merge:
         takes_weights: whether they may be given.
         scale: what the result is multiplied by (λ in most papers) where nothing else is asked for.
         options: what else the rule takes, with defaults.
+        draws: whether it draws at random, so that it takes a seed.
     """
 
     rule: Callable[..., LowRank | Tensor]
@@ -37,6 +39,7 @@ class Merge:
     takes_weights: bool = True
     scale: float = 1.0
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    draws: bool = False
 
 
 def _mean(n_experts: int) -> float:
@@ -57,17 +60,33 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
         "ties": Merge(
             ties, "https://arxiv.org/abs/2306.01708", options=MappingProxyType({"density": 0.2})
         ),
+        "dare_linear": Merge(
+            dare_linear,
+            "https://arxiv.org/abs/2311.03099",
+            scale=0.4,  # as for the task arithmetic that follows it
+            options=MappingProxyType({"density": 0.5}),
+            draws=True,
+        ),
+        "dare_ties": Merge(
+            dare_ties,
+            "https://arxiv.org/abs/2311.03099",
+            options=MappingProxyType({"density": 0.5}),
+            draws=True,
+        ),
     }
 )
 
 
-def bind(kind: Merge, name: str, given: Mapping[str, Any]) -> tuple[MergeRule, dict[str, Any]]:
+def bind(
+    kind: Merge, name: str, given: Mapping[str, Any], seed: int
+) -> tuple[MergeRule, dict[str, Any]]:
     """A method's rule with its options in it, and those options as plain data.
 
     Args:
         kind: the method.
         name: its name, for errors.
         given: options by name; None stands for the default.
+        seed: of what it draws; left out of the options where it draws nothing.
 
     Raises:
         ValueError: for an option that the method does not take.
@@ -82,4 +101,6 @@ def bind(kind: Merge, name: str, given: Mapping[str, Any]) -> tuple[MergeRule, d
                 f"method {name!r} takes no {option}, got {option}={value!r}; it takes {takes}"
             )
         options[option] = value
+    if kind.draws:
+        options["seed"] = seed
     return partial(kind.rule, **options), options

@@ -58,3 +58,9 @@ class MergeRule(Protocol):
                 on the order in which the experts were given. Other experts have ΔW zero here.
         """
         ...
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse a share that is not in (0, 1]."""
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} is {value!r}; it takes a share in (0, 1], such as 0.2")

@@ -1,0 +1,53 @@
+"""DARE (https://arxiv.org/abs/2311.03099): drop entries at random, and rescale the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mttl_routing.merges.drawing import kept
+from mttl_routing.merges.rule import Update, check_share
+from mttl_routing.merges.ties import agreement
+
+
+def dropped(update: Update, density: float, seed: int) -> Tensor:
+    """ΔW of which each entry stays with probability ``density``, divided by it; else it is zero."""
+    delta = update.dense()
+    if density == 1.0:
+        return delta
+    stays = kept(density, update.shape, seed, update.source)
+    return torch.where(stays, delta / density, 0.0)
+
+
+def dare_linear(updates: Sequence[Update], *, density: float = 0.5, seed: int = 0) -> Tensor:
+    """Weighted sum of the updates after DARE, (o, i) float32.
+
+    DARE is a step before a merge: this one has task arithmetic after it, and :func:`dare_ties` has
+    TIES. The paper finds drop rates from .1 to .9 by validation; half is kept here if not asked.
+
+    Args:
+        updates: of one module.
+        density: share of entries kept, 1 - p in the paper, in (0, 1].
+        seed: of the draws.
+    """
+    check_share("density", density)
+    merged = torch.zeros(updates[0].shape)
+    for update in updates:
+        merged.add_(dropped(update, density, seed), alpha=update.weight)
+    return merged
+
+
+def dare_ties(updates: Sequence[Update], *, density: float = 0.5, seed: int = 0) -> Tensor:
+    """Mean of what agrees in sign after DARE, (o, i) float32.
+
+    TIES without its trimming, as PEFT and mergekit have it: DARE has thinned the updates already.
+
+    Args:
+        updates: with weights above zero.
+        density: share of entries kept, in (0, 1].
+        seed: of the draws.
+    """
+    check_share("density", density)
+    return agreement(updates, "dare_ties", lambda update: dropped(update, density, seed))
