@@ -72,8 +72,13 @@ def merge(
     kind, method_name = _method(method)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed is {seed!r}; it takes a whole number")
-    rule, chosen_options = bind(kind, method_name, options, seed)
-    scale = _scale(kind.scale if scale is None else scale)
+    if kind.n_experts is not None and len(chosen) != kind.n_experts:
+        raise ValueError(
+            f"method {method_name!r} takes {kind.n_experts} experts, got {len(chosen)}; "
+            "'multislerp' takes any number"
+        )
+    rule, chosen_options, own_scale = bind(kind, method_name, options, seed, rank)
+    scale = _scale(own_scale if scale is None else scale)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is {rank!r}; it takes a whole number from 1, or None for all of it")
     given_weights = _weights(kind, method_name, chosen, weights)
@@ -197,7 +202,12 @@ def _weights(
     for weight, name in zip(weights, names, strict=True):
         if not math.isfinite(weight):
             raise ValueError(f"the weight of expert {name!r} is {weight!r}; it takes a number")
-    return [float(weight) for weight in weights]
+    if not kind.shares:
+        return [float(weight) for weight in weights]
+    total = math.fsum(weights)
+    if min(weights) < 0.0 or total <= 0.0:
+        raise ValueError(f"method {method!r} takes weights from zero up, got {list(weights)}")
+    return [float(weight) / total for weight in weights]
 
 
 def _check_finite(expert: Expert, module: str, factors: LoraFactors) -> None:

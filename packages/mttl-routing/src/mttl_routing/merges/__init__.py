@@ -28,18 +28,27 @@ class Merge:
         default_weight: an expert's weight, from the number of experts, where none are given; None
             where they must be given.
         takes_weights: whether they may be given.
-        scale: what the result is multiplied by (λ in most papers) where nothing else is asked for.
+        scale: what the result is multiplied by (λ in most papers) where nothing else is asked for;
+            None for that of the method inside, if any, or for 1.
         options: what else the rule takes, with defaults.
         draws: whether it draws at random, so that it takes a seed.
+        shares: whether the weights are shares of one, so that they are divided by their sum.
+        n_experts: how many it takes; None for any number.
+        inside: methods that it may have inside, the first by default.
+        takes_rank: whether the rule makes the rank that is asked for.
     """
 
     rule: Callable[..., LowRank | Tensor]
     paper: str
     default_weight: Callable[[int], float] | None = lambda n_experts: 1.0
     takes_weights: bool = True
-    scale: float = 1.0
+    scale: float | None = None
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     draws: bool = False
+    shares: bool = False
+    n_experts: int | None = None
+    inside: tuple[str, ...] = ()
+    takes_rank: bool = False
 
 
 def _mean(n_experts: int) -> float:
@@ -78,29 +87,50 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
 
 
 def bind(
-    kind: Merge, name: str, given: Mapping[str, Any], seed: int
-) -> tuple[MergeRule, dict[str, Any]]:
-    """A method's rule with its options in it, and those options as plain data.
+    kind: Merge, name: str, given: Mapping[str, Any], seed: int, rank: int | None
+) -> tuple[MergeRule, dict[str, Any], float]:
+    """A method's rule with its options in it, those options as plain data, and its own scale.
 
     Args:
         kind: the method.
         name: its name, for errors.
-        given: options by name; None stands for the default.
+        given: options by name; None stands for the default. ``inside`` names the method inside,
+            where there is one; the options of that one go along with the others.
         seed: of what it draws; left out of the options where it draws nothing.
+        rank: asked for.
 
     Raises:
         ValueError: for an option that the method does not take.
     """
-    options = dict(kind.options)
-    for option, value in given.items():
-        if value is None:
-            continue
-        if option not in options:
-            takes = ", ".join(options) or "no options"
+    given = {option: value for option, value in given.items() if value is not None}
+    inner, options = None, dict(kind.options)
+    if kind.inside:
+        chosen = given.get("inside", kind.inside[0])
+        if chosen not in kind.inside:
             raise ValueError(
-                f"method {name!r} takes no {option}, got {option}={value!r}; it takes {takes}"
+                f"method {name!r} takes inside={', '.join(map(repr, kind.inside))}, got {chosen!r}"
             )
-        options[option] = value
-    if kind.draws:
+        inner = MERGES[chosen]
+        options = {"inside": chosen, **options, **inner.options}
+    for option, value in given.items():
+        if option not in options:
+            within = f" with {options['inside']!r} inside" if inner else ""
+            raise ValueError(
+                f"method {name!r}{within} takes no {option}, got {option}={value!r}; it takes "
+                f"{', '.join(options) or 'no options'}"
+            )
+    options |= given
+    if kind.draws or (inner is not None and inner.draws):
         options["seed"] = seed
-    return partial(kind.rule, **options), options
+
+    def of(part: Merge) -> dict[str, Any]:
+        own = {option: options[option] for option in part.options}
+        return own | ({"seed": seed} if part.draws else {})
+
+    arguments = of(kind)
+    if inner is not None:
+        arguments["inside"] = partial(inner.rule, **of(inner))
+    if kind.takes_rank:
+        arguments["rank"] = rank
+    scale = inner.scale if kind.scale is None and inner is not None else kind.scale
+    return partial(kind.rule, **arguments), options, 1.0 if scale is None else scale

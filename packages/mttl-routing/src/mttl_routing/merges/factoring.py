@@ -45,8 +45,10 @@ def factored(update: LowRank | Tensor, rank: int | None = None) -> Factored:
     """
     if isinstance(update, LowRank):
         shape = (update.b.shape[0], update.a.shape[1])
+        if update.a.shape[0] == 0:  # nothing at all, but a LoRA has one row
+            update = LowRank(torch.zeros(1, shape[1]), torch.zeros(shape[0], 1))
         if update.a.shape[0] <= min(*shape, rank or min(shape)):
-            return Factored(update.a, update.b, None if rank is None else _energy(update))
+            return Factored(update.a, update.b, None if rank is None else update.energy())
         if rank is not None and update.a.shape[0] < min(shape):
             return _cut(*spectral_form(update.a, update.b), rank)
         update = update.b @ update.a
@@ -58,12 +60,6 @@ def factored(update: LowRank | Tensor, rank: int | None = None) -> Factored:
         return Factored(torch.eye(in_features), update, energy)
     u, sigma, vh = torch.linalg.svd(update, full_matrices=False)
     return _cut(u, sigma, vh.T, rank)
-
-
-def _energy(update: LowRank) -> float:
-    """‖b a‖² = tr((a aᵀ)(bᵀ b)), without forming ``b @ a``."""
-    a, b = update.a.double(), update.b.double()
-    return float(((a @ a.T) * (b.T @ b)).sum())
 
 
 def _cut(u: Tensor, sigma: Tensor, v: Tensor, rank: int) -> Factored:

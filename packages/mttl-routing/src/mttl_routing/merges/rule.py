@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -26,6 +27,11 @@ class Update:
     source: str = ""
 
     @property
+    def module(self) -> str:
+        """The module's path."""
+        return self.source.partition("/")[2]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Of ΔW: (o, i)."""
         return int(self.factors.b.shape[0]), int(self.factors.a.shape[1])
@@ -45,6 +51,15 @@ class LowRank(NamedTuple):
 
     a: Tensor
     b: Tensor
+
+    def energy(self) -> float:
+        """‖b a‖² = tr((a aᵀ)(bᵀ b)), without forming ``b @ a``."""
+        a, b = self.a.double(), self.b.double()
+        return max(0.0, float(((a @ a.T) * (b.T @ b)).sum()))
+
+    def norm(self) -> float:
+        """‖b a‖."""
+        return math.sqrt(self.energy())
 
 
 class MergeRule(Protocol):
