@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mttl_experts import Expert, lora_modules
 from mttl_routing import MERGES, merge
+from mttl_routing.merges.della import chances
 
 WHOLE = {"scale": 1.0}
 """Without a factor λ, under which no merge of one could be itself."""
@@ -99,6 +100,20 @@ def slow_dare_ties(given: list[Given]) -> Tensor:
     return slow_agreement(slow_dropped(given), [g.weight for g in given])
 
 
+def slow_della(given: list[Given], density: float = 0.7, epsilon: float = 0.07) -> Tensor:
+    thinned = []
+    for g in given:
+        draws, out = slow_draws(g), torch.zeros_like(g.delta)
+        columns = g.delta.shape[1]
+        for row, values in enumerate(g.delta.float().abs().tolist()):
+            for rank, column in enumerate(sorted(range(columns), key=values.__getitem__)):
+                chance = density - epsilon + 2 * epsilon * rank / (columns - 1)
+                if draws[row, column] < chance:
+                    out[row, column] = g.delta[row, column] / chance
+        thinned.append(out)
+    return slow_agreement(thinned, [g.weight for g in given])
+
+
 def uneven(n: int) -> list[float]:
     return [0.5 + 0.25 * position for position in range(n)]
 
@@ -120,6 +135,11 @@ CASES: dict[str, Case] = {
         slow_dare_ties,
         # Equal experts are thinned alike, as they have one digest, and so do not become themselves.
         {ONE: {"density": 1.0}, EQUAL: {"density": 1.0}, SIZE: DIGEST, SPLIT: DIGEST},
+    ),
+    "della": Case(
+        slow_della,
+        {ONE: {"density": 1.0, "epsilon": 0.0}, EQUAL: {"density": 1.0, "epsilon": 0.0}}
+        | {SIZE: DIGEST, SPLIT: DIGEST},
     ),
 }
 
@@ -336,6 +356,7 @@ def test_dora_and_bias_are_refused_by_name(make_expert, method, config):
         ({"method": "uniform", "scale": True}, "scale is True"),
         ({"method": "dare_ties", "seed": 0.5}, "seed is 0.5"),
         ({"method": "dare_linear", "density": 1.5}, "density is 1.5"),
+        ({"method": "della", "epsilon": 0.5}, "epsilon is 0.5 with density 0.7"),
         ({"method": "dare_ties", "weights": [1, -1]}, "dare_ties takes weights above zero"),
     ],
 )
@@ -378,3 +399,9 @@ def test_the_share_asked_for_is_kept_and_the_mean_stays(make_expert):
     stayed = found != 0
     assert abs(float(stayed.double().mean()) - 0.25) < 4 * (0.25 * 0.75 / 1024) ** 0.5
     torch.testing.assert_close(found[stayed], delta[stayed] * 4, rtol=1e-5, atol=1e-6)
+
+
+def test_a_larger_entry_stays_more_often():
+    delta = torch.tensor([[0.1, -0.4, 0.0, 0.3], [1.0, 1.0, -1.0, 1.0]])
+    expected = torch.tensor([[0.6333, 0.9, 0.5, 0.7667], [0.5, 0.6333, 0.7667, 0.9]])
+    torch.testing.assert_close(chances(delta, 0.7, 0.2), expected, rtol=1e-4, atol=1e-4)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mttl_routing.merges.dare import dare_linear, dare_ties
+from mttl_routing.merges.della import della
 from mttl_routing.merges.linear import linear
 from mttl_routing.merges.rule import LowRank, MergeRule, Update
 from mttl_routing.merges.ties import ties
@@ -80,6 +81,12 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
             dare_ties,
             "https://arxiv.org/abs/2311.03099",
             options=MappingProxyType({"density": 0.5}),
+            draws=True,
+        ),
+        "della": Merge(
+            della,
+            "https://arxiv.org/abs/2406.11617",
+            options=MappingProxyType({"density": 0.7, "epsilon": 0.07}),
             draws=True,
         ),
     }
