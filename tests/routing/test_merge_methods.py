@@ -114,6 +114,17 @@ def slow_della(given: list[Given], density: float = 0.7, epsilon: float = 0.07) 
     return slow_agreement(thinned, [g.weight for g in given])
 
 
+def slow_breadcrumbs(given: list[Given], density: float = 0.15, gamma: float = 0.01) -> Tensor:
+    total = torch.zeros_like(given[0].delta)
+    for g in given:
+        falling = sorted(g.delta.abs().flatten().tolist(), reverse=True)
+        outliers = round(gamma * len(falling))
+        inside = falling[outliers : outliers + max(1, round(density * len(falling)))]
+        size = g.delta.abs()
+        total += g.weight * g.delta * ((size >= inside[-1]) & (size <= inside[0]))
+    return 0.4 * total
+
+
 def uneven(n: int) -> list[float]:
     return [0.5 + 0.25 * position for position in range(n)]
 
@@ -140,6 +151,10 @@ CASES: dict[str, Case] = {
         slow_della,
         {ONE: {"density": 1.0, "epsilon": 0.0}, EQUAL: {"density": 1.0, "epsilon": 0.0}}
         | {SIZE: DIGEST, SPLIT: DIGEST},
+    ),
+    "breadcrumbs": Case(
+        slow_breadcrumbs,
+        {ONE: WHOLE | {"density": 1.0, "gamma": 0.0}, EQUAL: SUM, SIZE: {}, SPLIT: {}},
     ),
 }
 
@@ -357,6 +372,7 @@ def test_dora_and_bias_are_refused_by_name(make_expert, method, config):
         ({"method": "dare_ties", "seed": 0.5}, "seed is 0.5"),
         ({"method": "dare_linear", "density": 1.5}, "density is 1.5"),
         ({"method": "della", "epsilon": 0.5}, "epsilon is 0.5 with density 0.7"),
+        ({"method": "breadcrumbs", "gamma": 1.0}, "gamma is 1.0"),
         ({"method": "dare_ties", "weights": [1, -1]}, "dare_ties takes weights above zero"),
     ],
 )

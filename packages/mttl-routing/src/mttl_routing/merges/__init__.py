@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mttl_routing.merges.breadcrumbs import breadcrumbs
 from mttl_routing.merges.dare import dare_linear, dare_ties
 from mttl_routing.merges.della import della
 from mttl_routing.merges.linear import linear
@@ -88,6 +89,12 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
             "https://arxiv.org/abs/2406.11617",
             options=MappingProxyType({"density": 0.7, "epsilon": 0.07}),
             draws=True,
+        ),
+        "breadcrumbs": Merge(
+            breadcrumbs,
+            "https://arxiv.org/abs/2312.06795",
+            scale=0.4,  # as for task arithmetic, which it is but for the masks
+            options=MappingProxyType({"density": 0.15, "gamma": 0.01}),
         ),
     }
 )
