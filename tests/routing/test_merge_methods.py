@@ -125,6 +125,11 @@ def slow_breadcrumbs(given: list[Given], density: float = 0.15, gamma: float = 0
     return 0.4 * total
 
 
+def slow_sparse_uniform(given: list[Given]) -> Tensor:
+    stacked = torch.stack([g.delta for g in given])
+    return stacked.sum(0) / (stacked != 0).sum(0).clamp(min=1)
+
+
 def uneven(n: int) -> list[float]:
     return [0.5 + 0.25 * position for position in range(n)]
 
@@ -156,6 +161,7 @@ CASES: dict[str, Case] = {
         slow_breadcrumbs,
         {ONE: WHOLE | {"density": 1.0, "gamma": 0.0}, EQUAL: SUM, SIZE: {}, SPLIT: {}},
     ),
+    "sparse_uniform": Case(slow_sparse_uniform, {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: {}}),
 }
 
 METHODS = sorted(CASES)
@@ -421,3 +427,17 @@ def test_a_larger_entry_stays_more_often():
     delta = torch.tensor([[0.1, -0.4, 0.0, 0.3], [1.0, 1.0, -1.0, 1.0]])
     expected = torch.tensor([[0.6333, 0.9, 0.5, 0.7667], [0.5, 0.6333, 0.7667, 0.9]])
     torch.testing.assert_close(chances(delta, 0.7, 0.2), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_entry_is_the_mean_of_those_that_change_it(make_expert):
+    one, other = make_expert("one", layers=(0,)), make_expert("other", layers=(0,))
+    for expert, rows in ((one, slice(0, 8)), (other, slice(4, 16))):
+        for key, value in expert.expert_weights.items():
+            if "lora_B" in key:
+                value[rows] = 0.0
+    module = "model.layers.0.self_attn.q_proj"
+    found = deltas_of(merge([one, other], "sparse_uniform"))[module]
+    first, second = deltas_of(one)[module], deltas_of(other)[module]
+    torch.testing.assert_close(found[:4], second[:4], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[8:16], first[8:16], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[16:], (first + second)[16:] / 2, rtol=1e-5, atol=1e-6)

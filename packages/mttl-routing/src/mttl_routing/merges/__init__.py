@@ -13,7 +13,7 @@ from torch import Tensor
 from mttl_routing.merges.breadcrumbs import breadcrumbs
 from mttl_routing.merges.dare import dare_linear, dare_ties
 from mttl_routing.merges.della import della
-from mttl_routing.merges.linear import linear
+from mttl_routing.merges.linear import linear, sparse_uniform
 from mttl_routing.merges.rule import LowRank, MergeRule, Update
 from mttl_routing.merges.ties import ties
 
@@ -95,6 +95,11 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
             "https://arxiv.org/abs/2312.06795",
             scale=0.4,  # as for task arithmetic, which it is but for the masks
             options=MappingProxyType({"density": 0.15, "gamma": 0.01}),
+        ),
+        "sparse_uniform": Merge(
+            sparse_uniform,
+            "https://arxiv.org/abs/2507.07140",
+            takes_weights=False,
         ),
     }
 )
