@@ -130,6 +130,10 @@ def slow_sparse_uniform(given: list[Given]) -> Tensor:
     return stacked.sum(0) / (stacked != 0).sum(0).clamp(min=1)
 
 
+def slow_linear_factors(given: list[Given]) -> Tensor:
+    return sum(g.weight * g.b for g in given) @ sum(g.weight * g.a for g in given)
+
+
 def uneven(n: int) -> list[float]:
     return [0.5 + 0.25 * position for position in range(n)]
 
@@ -162,6 +166,10 @@ CASES: dict[str, Case] = {
         {ONE: WHOLE | {"density": 1.0, "gamma": 0.0}, EQUAL: SUM, SIZE: {}, SPLIT: {}},
     ),
     "sparse_uniform": Case(slow_sparse_uniform, {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: {}}),
+    "linear_factors": Case(
+        slow_linear_factors,
+        {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: "it adds A and B apart"},
+    ),
 }
 
 METHODS = sorted(CASES)
@@ -441,3 +449,14 @@ def test_an_entry_is_the_mean_of_those_that_change_it(make_expert):
     torch.testing.assert_close(found[:4], second[:4], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[8:16], first[8:16], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[16:], (first + second)[16:] / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_factors_apart_need_one_rank(make_expert):
+    with pytest.raises(ValueError, match=r"equal ranks; there are \[2, 4\] in module.*q_proj"):
+        merge([make_expert("e1"), make_expert("e2", rank=2)], "linear_factors")
+
+
+def test_factors_apart_are_not_the_mean(make_expert):
+    experts = [make_expert(f"e{n}") for n in range(4)]
+    found, mean = deltas_of(merge(experts, "linear_factors")), deltas_of(merge(experts))
+    assert all(float((found[m] - mean[m]).norm() / mean[m].norm()) > 0.5 for m in mean)

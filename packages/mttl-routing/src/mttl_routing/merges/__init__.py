@@ -13,7 +13,7 @@ from torch import Tensor
 from mttl_routing.merges.breadcrumbs import breadcrumbs
 from mttl_routing.merges.dare import dare_linear, dare_ties
 from mttl_routing.merges.della import della
-from mttl_routing.merges.linear import linear, sparse_uniform
+from mttl_routing.merges.linear import linear, linear_factors, sparse_uniform
 from mttl_routing.merges.rule import LowRank, MergeRule, Update
 from mttl_routing.merges.ties import ties
 
@@ -100,6 +100,9 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
             sparse_uniform,
             "https://arxiv.org/abs/2507.07140",
             takes_weights=False,
+        ),
+        "linear_factors": Merge(
+            linear_factors, "https://arxiv.org/abs/2307.13269", default_weight=_mean
         ),
     }
 )
