@@ -134,6 +134,27 @@ def slow_linear_factors(given: list[Given]) -> Tensor:
     return sum(g.weight * g.b for g in given) @ sum(g.weight * g.a for g in given)
 
 
+def slow_slerp(given: list[Given]) -> Tensor:
+    if len(given) == 1:
+        return given[0].weight * given[0].delta
+    (one, other), (t, _) = [g.delta for g in given], [g.weight for g in given[::-1]]
+    angle = torch.arccos((one * other).sum() / (one.norm() * other.norm()))
+    return (((1 - t) * angle).sin() * one + (t * angle).sin() * other) / angle.sin()
+
+
+def slow_multislerp(given: list[Given]) -> Tensor:
+    """With the step in the tangent space that turns out to be zero."""
+    flat = torch.stack([g.delta.flatten() for g in given])
+    weights = torch.tensor([g.weight for g in given], dtype=torch.float64)[:, None]
+    norms = flat.norm(dim=1, keepdim=True)
+    units = flat / norms
+    mean = (weights * units).sum(0) / (weights * units).sum(0).norm()
+    tangent = (weights * (units - (units @ mean)[:, None] * mean)).sum(0)
+    step = tangent.norm() + 1e-8
+    point = mean * step.cos() + tangent * step.sin() / step
+    return (point * (weights * norms).sum()).reshape(given[0].delta.shape)
+
+
 def uneven(n: int) -> list[float]:
     return [0.5 + 0.25 * position for position in range(n)]
 
@@ -170,6 +191,12 @@ CASES: dict[str, Case] = {
         slow_linear_factors,
         {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: "it adds A and B apart"},
     ),
+    "slerp": Case(
+        slow_slerp,
+        {ONE: "it takes two", EQUAL: {}, SIZE: {}, SPLIT: {}},
+        n_experts=2,
+    ),
+    "multislerp": Case(slow_multislerp, {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: {}}),
 }
 
 METHODS = sorted(CASES)
@@ -387,6 +414,8 @@ def test_dora_and_bias_are_refused_by_name(make_expert, method, config):
         ({"method": "dare_linear", "density": 1.5}, "density is 1.5"),
         ({"method": "della", "epsilon": 0.5}, "epsilon is 0.5 with density 0.7"),
         ({"method": "breadcrumbs", "gamma": 1.0}, "gamma is 1.0"),
+        ({"method": "slerp", "weights": [1, -1]}, "'slerp' takes weights from zero up"),
+        ({"method": "multislerp", "weights": [0, 0]}, "'multislerp' takes weights from zero up"),
         ({"method": "dare_ties", "weights": [1, -1]}, "dare_ties takes weights above zero"),
     ],
 )
@@ -460,3 +489,33 @@ def test_factors_apart_are_not_the_mean(make_expert):
     experts = [make_expert(f"e{n}") for n in range(4)]
     found, mean = deltas_of(merge(experts, "linear_factors")), deltas_of(merge(experts))
     assert all(float((found[m] - mean[m]).norm() / mean[m].norm()) > 0.5 for m in mean)
+
+
+def test_slerp_ends_at_each_expert_and_keeps_the_length_between_equals(make_expert):
+    one, other = (make_expert(f"e{n}", layers=(0,), targets=("q_proj",)) for n in range(2))
+    (first,), (second,) = deltas_of(one).values(), deltas_of(other).values()
+    other = scaled(other, float(first.norm() / second.norm()))
+    for weights, expected in (([1, 0], one), ([0, 2], other)):
+        same(deltas_of(merge([one, other], "slerp", weights=weights)), deltas_of(expected), 1e-5)
+    (between,) = deltas_of(merge([one, other], "slerp", weights=[3, 1])).values()
+    assert float(between.norm()) == pytest.approx(float(first.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["slerp", "multislerp"])
+def test_opposites_are_interpolated_in_a_line(make_expert, method):
+    expert = make_expert("e")
+    for delta in deltas_of(merge([expert, scaled(expert, -1.0)], method)).values():
+        assert float(delta.abs().max()) < 1e-6
+
+
+def test_directions_that_cancel_out_are_refused_with_their_module(make_expert):
+    one, two = make_expert("one"), make_expert("two")
+    experts = [one, scaled(one, -1.0), two, scaled(two, -1.0)]
+    with pytest.raises(ValueError, match="cancel out in module '.*_proj'; give other weights"):
+        merge(experts, "multislerp")
+
+
+def test_weights_on_a_sphere_are_shares(make_expert):
+    experts = [make_expert(f"e{n}") for n in range(3)]
+    one, two = (merge(experts, "multislerp", weights=w) for w in ([1, 2, 1], [2, 4, 2]))
+    assert one.digest == two.digest

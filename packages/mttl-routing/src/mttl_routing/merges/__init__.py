@@ -15,6 +15,7 @@ from mttl_routing.merges.dare import dare_linear, dare_ties
 from mttl_routing.merges.della import della
 from mttl_routing.merges.linear import linear, linear_factors, sparse_uniform
 from mttl_routing.merges.rule import LowRank, MergeRule, Update
+from mttl_routing.merges.spherical import multislerp, slerp
 from mttl_routing.merges.ties import ties
 
 __all__ = ["MERGES", "LowRank", "Merge", "MergeRule", "Update", "bind"]
@@ -103,6 +104,19 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
         ),
         "linear_factors": Merge(
             linear_factors, "https://arxiv.org/abs/2307.13269", default_weight=_mean
+        ),
+        "slerp": Merge(
+            slerp,
+            "https://doi.org/10.1145/325334.325242",
+            default_weight=_mean,
+            shares=True,
+            n_experts=2,
+        ),
+        "multislerp": Merge(
+            multislerp,
+            "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+            default_weight=_mean,
+            shares=True,
         ),
     }
 )
