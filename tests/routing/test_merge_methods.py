@@ -155,6 +155,27 @@ def slow_multislerp(given: list[Given]) -> Tensor:
     return (point * (weights * norms).sum()).reshape(given[0].delta.shape)
 
 
+def slow_rank(sigma: Tensor) -> int:
+    return int((sigma > 1e-5 * sigma[0]).sum())
+
+
+def slow_orthonormal(columns: Tensor) -> Tensor:
+    p, sigma, qh = torch.linalg.svd(columns, full_matrices=False)
+    return p[:, : slow_rank(sigma)] @ qh[: slow_rank(sigma)]
+
+
+def slow_tsv(given: list[Given]) -> Tensor:
+    share = max(1, min(given[0].delta.shape) // len(given))
+    lefts, sigmas, rights = [], [], []
+    for g in given:
+        u, sigma, vh = torch.linalg.svd(g.delta, full_matrices=False)
+        k = min(share, slow_rank(sigma))
+        lefts, sigmas = [*lefts, u[:, :k]], [*sigmas, g.weight * sigma[:k]]
+        rights.append(vh[:k].T)
+    u, v = slow_orthonormal(torch.cat(lefts, 1)), slow_orthonormal(torch.cat(rights, 1))
+    return u @ torch.cat(sigmas).diag() @ v.T
+
+
 def uneven(n: int) -> list[float]:
     return [0.5 + 0.25 * position for position in range(n)]
 
@@ -197,6 +218,7 @@ CASES: dict[str, Case] = {
         n_experts=2,
     ),
     "multislerp": Case(slow_multislerp, {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: {}}),
+    "tsv": Case(slow_tsv, {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: {}}),
 }
 
 METHODS = sorted(CASES)
@@ -519,3 +541,9 @@ def test_weights_on_a_sphere_are_shares(make_expert):
     experts = [make_expert(f"e{n}") for n in range(3)]
     one, two = (merge(experts, "multislerp", weights=w) for w in ([1, 2, 1], [2, 4, 2]))
     assert one.digest == two.digest
+
+
+def test_more_experts_than_columns_keep_one_triple_each(make_expert):
+    experts = [make_expert(f"e{n}", rank=2, layers=(0,), targets=("v_proj",)) for n in range(20)]
+    merged = merge(experts, "tsv")
+    same(deltas_of(merged), slow_merge(experts, "tsv"), 1e-5)
