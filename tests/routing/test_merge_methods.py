@@ -176,6 +176,12 @@ def slow_tsv(given: list[Given]) -> Tensor:
     return u @ torch.cat(sigmas).diag() @ v.T
 
 
+def slow_iso(given: list[Given]) -> Tensor:
+    u, sigma, vh = torch.linalg.svd(slow_sum(given), full_matrices=False)
+    rank = slow_rank(sigma)
+    return u[:, :rank] @ vh[:rank] * sigma[:rank].mean()
+
+
 def uneven(n: int) -> list[float]:
     return [0.5 + 0.25 * position for position in range(n)]
 
@@ -219,6 +225,11 @@ CASES: dict[str, Case] = {
     ),
     "multislerp": Case(slow_multislerp, {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: {}}),
     "tsv": Case(slow_tsv, {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: {}}),
+    "iso": Case(
+        slow_iso,
+        {ONE: "it levels the singular values", EQUAL: "it levels the singular values"}
+        | {SIZE: {}, SPLIT: {}},
+    ),
 }
 
 METHODS = sorted(CASES)
@@ -547,3 +558,10 @@ def test_more_experts_than_columns_keep_one_triple_each(make_expert):
     experts = [make_expert(f"e{n}", rank=2, layers=(0,), targets=("v_proj",)) for n in range(20)]
     merged = merge(experts, "tsv")
     same(deltas_of(merged), slow_merge(experts, "tsv"), 1e-5)
+
+
+def test_all_singular_values_are_one(mixed_experts):
+    for delta in deltas_of(merge(mixed_experts, "iso")).values():
+        sigma = torch.linalg.svdvals(delta)
+        sigma = sigma[sigma > 1e-4 * sigma[0]]
+        torch.testing.assert_close(sigma, sigma[0].expand_as(sigma), rtol=1e-4, atol=1e-5)

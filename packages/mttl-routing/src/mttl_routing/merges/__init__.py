@@ -15,7 +15,7 @@ from mttl_routing.merges.dare import dare_linear, dare_ties
 from mttl_routing.merges.della import della
 from mttl_routing.merges.linear import linear, linear_factors, sparse_uniform
 from mttl_routing.merges.rule import LowRank, MergeRule, Update
-from mttl_routing.merges.singular import tsv
+from mttl_routing.merges.singular import iso, tsv
 from mttl_routing.merges.spherical import multislerp, slerp
 from mttl_routing.merges.ties import ties
 
@@ -120,6 +120,7 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
             shares=True,
         ),
         "tsv": Merge(tsv, "https://arxiv.org/abs/2412.00081"),
+        "iso": Merge(iso, "https://arxiv.org/abs/2502.04959"),
     }
 )
 
