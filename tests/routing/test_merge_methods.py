@@ -182,6 +182,14 @@ def slow_iso(given: list[Given]) -> Tensor:
     return u[:, :rank] @ vh[:rank] * sigma[:rank].mean()
 
 
+def slow_core_tsv(given: list[Given]) -> Tensor:
+    """On the cores, as the paper has it."""
+    u = torch.linalg.svd(torch.cat([g.b for g in given], 1), full_matrices=False).U
+    v = torch.linalg.svd(torch.cat([g.a for g in given]).T, full_matrices=False).U
+    cores = [replace(g, delta=u.T @ g.delta @ v) for g in given]
+    return u @ slow_tsv(cores) @ v.T
+
+
 def uneven(n: int) -> list[float]:
     return [0.5 + 0.25 * position for position in range(n)]
 
@@ -230,6 +238,7 @@ CASES: dict[str, Case] = {
         {ONE: "it levels the singular values", EQUAL: "it levels the singular values"}
         | {SIZE: {}, SPLIT: {}},
     ),
+    "core": Case(slow_core_tsv, {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: {}}),
 }
 
 METHODS = sorted(CASES)
@@ -449,6 +458,9 @@ def test_dora_and_bias_are_refused_by_name(make_expert, method, config):
         ({"method": "breadcrumbs", "gamma": 1.0}, "gamma is 1.0"),
         ({"method": "slerp", "weights": [1, -1]}, "'slerp' takes weights from zero up"),
         ({"method": "multislerp", "weights": [0, 0]}, "'multislerp' takes weights from zero up"),
+        ({"method": "core", "inside": "della"}, "'core' takes inside='tsv', 'iso'.*got 'della'"),
+        ({"method": "core", "density": 0.5}, "'core' with 'tsv' inside takes no density"),
+        ({"method": "ties", "inside": "tsv"}, "'ties' takes no inside"),
         ({"method": "dare_ties", "weights": [1, -1]}, "dare_ties takes weights above zero"),
     ],
 )
@@ -565,3 +577,28 @@ def test_all_singular_values_are_one(mixed_experts):
         sigma = torch.linalg.svdvals(delta)
         sigma = sigma[sigma > 1e-4 * sigma[0]]
         torch.testing.assert_close(sigma, sigma[0].expand_as(sigma), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inside", ["tsv", "iso", "task_arithmetic"])
+def test_core_space_loses_nothing(make_expert, inside):
+    """Rules that do not look at single entries give inside what they give outside."""
+    experts = [make_expert(f"e{n}", alpha=2 + n) for n in range(3)]
+    inner = deltas_of(merge(experts, "core", inside=inside))
+    same(inner, deltas_of(merge(experts, inside)), 1e-5)
+
+
+def test_ties_inside_core_space_is_ties_on_the_cores(mixed_experts):
+    merged = merge(mixed_experts, "core", inside="ties", density=0.4)
+    assert merged.expert_info.training_config["options"] == {"inside": "ties", "density": 0.4}
+    for module, delta in deltas_of(merged).items():
+        factors = [lora_modules(e).get(module) for e in by_digest(mixed_experts)]
+        given = [(f.a.double(), f.b.double() * f.scaling) for f in factors if f is not None]
+        u = torch.linalg.svd(torch.cat([b for _, b in given], 1), full_matrices=False).U
+        v = torch.linalg.svd(torch.cat([a for a, _ in given]).T, full_matrices=False).U
+        cores = [Given(u.T @ b @ a @ v, 1.0, a, b) for a, b in given]
+        expected = u @ slow_ties(cores, 0.4) @ v.T
+        torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-5)
+
+
+def by_digest(experts: list[Expert]) -> list[Expert]:
+    return sorted(experts, key=lambda expert: expert.digest)

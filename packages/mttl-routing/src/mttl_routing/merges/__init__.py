@@ -16,6 +16,7 @@ from mttl_routing.merges.della import della
 from mttl_routing.merges.linear import linear, linear_factors, sparse_uniform
 from mttl_routing.merges.rule import LowRank, MergeRule, Update
 from mttl_routing.merges.singular import iso, tsv
+from mttl_routing.merges.spaces import core
 from mttl_routing.merges.spherical import multislerp, slerp
 from mttl_routing.merges.ties import ties
 
@@ -121,6 +122,11 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
         ),
         "tsv": Merge(tsv, "https://arxiv.org/abs/2412.00081"),
         "iso": Merge(iso, "https://arxiv.org/abs/2502.04959"),
+        "core": Merge(
+            core,
+            "https://arxiv.org/abs/2509.17786",
+            inside=("tsv", "iso", "ties", "task_arithmetic"),
+        ),
     }
 )
 
