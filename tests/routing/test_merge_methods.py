@@ -190,6 +190,14 @@ def slow_core_tsv(given: list[Given]) -> Tensor:
     return u @ slow_tsv(cores) @ v.T
 
 
+def slow_knots(given: list[Given]) -> Tensor:
+    """From the singular value decomposition of all ΔW beside each other."""
+    u, sigma, vh = torch.linalg.svd(torch.cat([g.delta for g in given], 1), full_matrices=False)
+    rank = slow_rank(sigma)
+    parts = (sigma[:rank, None] * vh[:rank]).split(given[0].delta.shape[1], dim=1)
+    return u[:, :rank] @ slow_ties([replace(g, delta=d) for g, d in zip(given, parts, strict=True)])
+
+
 def uneven(n: int) -> list[float]:
     return [0.5 + 0.25 * position for position in range(n)]
 
@@ -239,6 +247,9 @@ CASES: dict[str, Case] = {
         | {SIZE: {}, SPLIT: {}},
     ),
     "core": Case(slow_core_tsv, {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: {}}),
+    "knots": Case(
+        slow_knots, {ONE: {"density": 1.0}, EQUAL: {"density": 1.0}, SIZE: {}, SPLIT: {}}
+    ),
 }
 
 METHODS = sorted(CASES)
@@ -602,3 +613,15 @@ def test_ties_inside_core_space_is_ties_on_the_cores(mixed_experts):
 
 def by_digest(experts: list[Expert]) -> list[Expert]:
     return sorted(experts, key=lambda expert: expert.digest)
+
+
+def test_a_sum_inside_knots_is_the_sum(mixed_experts):
+    inner = merge(mixed_experts, "knots", inside="task_arithmetic")
+    same(deltas_of(inner), deltas_of(merge(mixed_experts, "task_arithmetic")), 1e-5)
+
+
+@pytest.mark.parametrize("inside", ["ties", "dare_ties"])
+def test_knots_adds_no_rank(make_expert, inside):
+    experts = [make_expert(f"e{n}", rank=2) for n in range(3)]
+    for factors in lora_modules(merge(experts, "knots", inside=inside)).values():
+        assert factors.rank == 6

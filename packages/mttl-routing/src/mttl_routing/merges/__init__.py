@@ -16,7 +16,7 @@ from mttl_routing.merges.della import della
 from mttl_routing.merges.linear import linear, linear_factors, sparse_uniform
 from mttl_routing.merges.rule import LowRank, MergeRule, Update
 from mttl_routing.merges.singular import iso, tsv
-from mttl_routing.merges.spaces import core
+from mttl_routing.merges.spaces import core, knots
 from mttl_routing.merges.spherical import multislerp, slerp
 from mttl_routing.merges.ties import ties
 
@@ -126,6 +126,11 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
             core,
             "https://arxiv.org/abs/2509.17786",
             inside=("tsv", "iso", "ties", "task_arithmetic"),
+        ),
+        "knots": Merge(
+            knots,
+            "https://arxiv.org/abs/2410.19735",
+            inside=("ties", "dare_ties", "task_arithmetic"),
         ),
     }
 )
