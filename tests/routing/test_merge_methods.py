@@ -198,6 +198,27 @@ def slow_knots(given: list[Given]) -> Tensor:
     return u[:, :rank] @ slow_ties([replace(g, delta=d) for g, d in zip(given, parts, strict=True)])
 
 
+def slow_compress_then_merge(given: list[Given]) -> Tensor:
+    """On ΔW itself, by an unfolding and its singular value decomposition for every step."""
+    rank = max(g.a.shape[0] for g in given)
+    mean = sum(g.delta.norm() for g in given) / len(given)
+    stack = torch.stack([g.delta * mean / g.delta.norm() for g in given])
+
+    def leading(matrices: Tensor) -> Tensor:
+        flat = matrices.transpose(0, 1).flatten(1)
+        return torch.linalg.svd(flat, full_matrices=False).U[:, :rank]
+
+    u, v, errors = leading(stack), leading(stack.mT), []
+    for _ in range(1000):
+        u = leading(stack @ v)
+        v = leading(stack.mT @ u)
+        kept = (u.T @ stack @ v).square().sum() / stack.square().sum()
+        errors.append(float((1 - kept).clamp(min=0).sqrt()))
+        if len(errors) > 1 and abs(errors[-2] - errors[-1]) < 1e-6:
+            break
+    return u @ slow_ties([replace(g, delta=u.T @ g.delta @ v) for g in given]) @ v.T
+
+
 def uneven(n: int) -> list[float]:
     return [0.5 + 0.25 * position for position in range(n)]
 
@@ -249,6 +270,10 @@ CASES: dict[str, Case] = {
     "core": Case(slow_core_tsv, {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: {}}),
     "knots": Case(
         slow_knots, {ONE: {"density": 1.0}, EQUAL: {"density": 1.0}, SIZE: {}, SPLIT: {}}
+    ),
+    "compress_then_merge": Case(
+        slow_compress_then_merge,
+        {ONE: {"density": 1.0}, EQUAL: {"density": 1.0}, SIZE: {}, SPLIT: {}},
     ),
 }
 
@@ -472,6 +497,7 @@ def test_dora_and_bias_are_refused_by_name(make_expert, method, config):
         ({"method": "core", "inside": "della"}, "'core' takes inside='tsv', 'iso'.*got 'della'"),
         ({"method": "core", "density": 0.5}, "'core' with 'tsv' inside takes no density"),
         ({"method": "ties", "inside": "tsv"}, "'ties' takes no inside"),
+        ({"method": "compress_then_merge", "beta": 2.0}, "beta is 2.0"),
         ({"method": "dare_ties", "weights": [1, -1]}, "dare_ties takes weights above zero"),
     ],
 )
@@ -625,3 +651,23 @@ def test_knots_adds_no_rank(make_expert, inside):
     experts = [make_expert(f"e{n}", rank=2) for n in range(3)]
     for factors in lora_modules(merge(experts, "knots", inside=inside)).values():
         assert factors.rank == 6
+
+
+@pytest.mark.parametrize("inside", ["ties", "dare_ties", "task_arithmetic"])
+@pytest.mark.parametrize("rank", [None, 2, 5])
+def test_compressed_first_the_result_has_the_rank_asked_for(mixed_experts, inside, rank):
+    merged = merge(mixed_experts, "compress_then_merge", inside=inside, rank=rank)
+    ranks = {m: max(f.rank for f in column) for m, column in columns(mixed_experts).items()}
+    for module, factors in lora_modules(merged).items():
+        assert factors.rank == (ranks[module] if rank is None else min(rank, factors.a.shape[0]))
+
+
+def columns(experts: list[Expert]) -> dict[str, list[Any]]:
+    tables = [lora_modules(e) for e in experts]
+    return {m: [t[m] for t in tables if m in t] for m in set().union(*tables)}
+
+
+def test_subspaces_of_full_rank_lose_nothing(make_expert):
+    experts = [make_expert(f"e{n}", rank=2) for n in range(3)]
+    merged = merge(experts, "compress_then_merge", inside="task_arithmetic", rank=6)
+    same(deltas_of(merged), deltas_of(merge(experts, "task_arithmetic")), 1e-5)

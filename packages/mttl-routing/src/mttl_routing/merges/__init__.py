@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mttl_routing.merges.breadcrumbs import breadcrumbs
+from mttl_routing.merges.compress import compress_then_merge
 from mttl_routing.merges.dare import dare_linear, dare_ties
 from mttl_routing.merges.della import della
 from mttl_routing.merges.linear import linear, linear_factors, sparse_uniform
@@ -131,6 +132,13 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
             knots,
             "https://arxiv.org/abs/2410.19735",
             inside=("ties", "dare_ties", "task_arithmetic"),
+        ),
+        "compress_then_merge": Merge(
+            compress_then_merge,
+            "https://arxiv.org/abs/2606.03723",
+            options=MappingProxyType({"beta": 0.0}),
+            inside=("ties", "dare_ties", "task_arithmetic"),
+            takes_rank=True,
         ),
     }
 )
