@@ -219,6 +219,14 @@ def slow_compress_then_merge(given: list[Given]) -> Tensor:
     return u @ slow_ties([replace(g, delta=u.T @ g.delta @ v) for g in given]) @ v.T
 
 
+def slow_pico(given: list[Given]) -> Tensor:
+    u, sigma, _ = torch.linalg.svd(torch.cat([g.b for g in given], 1), full_matrices=False)
+    damping = 1 / (1 + (len(given) - 1) * sigma**2 / (sigma**2).sum())
+    outside = torch.eye(len(u)) - u @ u.T
+    merged = slow_sum([replace(g, delta=(outside + u * damping @ u.T) @ g.delta) for g in given])
+    return merged * sum(g.delta.norm() for g in given) / len(given) / merged.norm()
+
+
 def uneven(n: int) -> list[float]:
     return [0.5 + 0.25 * position for position in range(n)]
 
@@ -274,6 +282,11 @@ CASES: dict[str, Case] = {
     "compress_then_merge": Case(
         slow_compress_then_merge,
         {ONE: {"density": 1.0}, EQUAL: {"density": 1.0}, SIZE: {}, SPLIT: {}},
+    ),
+    "pico": Case(
+        slow_pico,
+        {ONE: {}, EQUAL: "it damps what they share, which is all of each"}
+        | {SIZE: {}, SPLIT: "it goes by B, and not by the update"},
     ),
 }
 
@@ -671,3 +684,12 @@ def test_subspaces_of_full_rank_lose_nothing(make_expert):
     experts = [make_expert(f"e{n}", rank=2) for n in range(3)]
     merged = merge(experts, "compress_then_merge", inside="task_arithmetic", rank=6)
     same(deltas_of(merged), deltas_of(merge(experts, "task_arithmetic")), 1e-5)
+
+
+@pytest.mark.parametrize("inside", ["task_arithmetic", "ties", "tsv"])
+def test_pico_gives_the_experts_mean_length(mixed_experts, inside):
+    merged = deltas_of(merge(mixed_experts, "pico", inside=inside))
+    for module, column in columns(mixed_experts).items():
+        lengths = [float((f.scaling * f.b.double() @ f.a.double()).norm()) for f in column]
+        mean = sum(lengths) / len(lengths)
+        assert float(merged[module].norm()) == pytest.approx(mean, rel=1e-5)

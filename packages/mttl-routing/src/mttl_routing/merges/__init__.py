@@ -15,6 +15,7 @@ from mttl_routing.merges.compress import compress_then_merge
 from mttl_routing.merges.dare import dare_linear, dare_ties
 from mttl_routing.merges.della import della
 from mttl_routing.merges.linear import linear, linear_factors, sparse_uniform
+from mttl_routing.merges.pico import pico
 from mttl_routing.merges.rule import LowRank, MergeRule, Update
 from mttl_routing.merges.singular import iso, tsv
 from mttl_routing.merges.spaces import core, knots
@@ -139,6 +140,12 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
             options=MappingProxyType({"beta": 0.0}),
             inside=("ties", "dare_ties", "task_arithmetic"),
             takes_rank=True,
+        ),
+        "pico": Merge(
+            pico,
+            "https://arxiv.org/abs/2604.16826",
+            scale=1.0,
+            inside=("task_arithmetic", "ties", "tsv"),
         ),
     }
 )
