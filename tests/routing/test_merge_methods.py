@@ -227,6 +227,20 @@ def slow_pico(given: list[Given]) -> Tensor:
     return merged * sum(g.delta.norm() for g in given) / len(given) / merged.norm()
 
 
+def slow_wudi(given: list[Given]) -> Tensor:
+    """By autograd on the loss as it is written."""
+    deltas = torch.stack([g.delta for g in given])
+    merged = deltas.sum(0).float().clone().requires_grad_()
+    optimizer = torch.optim.Adam([merged], lr=1e-5)
+    for _ in range(300):
+        products = (merged.double() - deltas) @ deltas.mT
+        loss = (products.square().sum((1, 2)) / deltas.square().sum((1, 2))).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return merged.detach().double()
+
+
 def uneven(n: int) -> list[float]:
     return [0.5 + 0.25 * position for position in range(n)]
 
@@ -287,6 +301,12 @@ CASES: dict[str, Case] = {
         slow_pico,
         {ONE: {}, EQUAL: "it damps what they share, which is all of each"}
         | {SIZE: {}, SPLIT: "it goes by B, and not by the update"},
+    ),
+    "wudi": Case(
+        slow_wudi,
+        {ONE: {}, EQUAL: "it starts from their sum and stops before it has come down to one"}
+        | {SIZE: "Adam's steps have a length of their own", SPLIT: {}},
+        tolerance=2e-5,
     ),
 }
 
@@ -511,6 +531,8 @@ def test_dora_and_bias_are_refused_by_name(make_expert, method, config):
         ({"method": "core", "density": 0.5}, "'core' with 'tsv' inside takes no density"),
         ({"method": "ties", "inside": "tsv"}, "'ties' takes no inside"),
         ({"method": "compress_then_merge", "beta": 2.0}, "beta is 2.0"),
+        ({"method": "wudi", "steps": 1.5}, "steps is 1.5"),
+        ({"method": "wudi", "learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"method": "dare_ties", "weights": [1, -1]}, "dare_ties takes weights above zero"),
     ],
 )
@@ -693,3 +715,17 @@ def test_pico_gives_the_experts_mean_length(mixed_experts, inside):
         lengths = [float((f.scaling * f.b.double() @ f.a.double()).norm()) for f in column]
         mean = sum(lengths) / len(lengths)
         assert float(merged[module].norm()) == pytest.approx(mean, rel=1e-5)
+
+
+def test_wudi_lowers_what_it_minimises(make_expert):
+    experts = [make_expert(f"e{n}") for n in range(4)]
+    start = deltas_of(merge(experts, "wudi", steps=0))
+    same(start, deltas_of(merge(experts, "task_arithmetic", scale=1.0)), 1e-5)
+    end = deltas_of(merge(experts, "wudi", steps=200, learning_rate=0.01))
+    for module, column in columns(experts).items():
+        deltas = [f.scaling * f.b.double() @ f.a.double() for f in column]
+
+        def loss(merged: Tensor, deltas: list[Tensor] = deltas) -> float:
+            return float(sum(((merged - d) @ d.T).norm() ** 2 / d.norm() ** 2 for d in deltas))
+
+        assert loss(end[module]) < 0.1 * loss(start[module])

@@ -21,6 +21,7 @@ from mttl_routing.merges.singular import iso, tsv
 from mttl_routing.merges.spaces import core, knots
 from mttl_routing.merges.spherical import multislerp, slerp
 from mttl_routing.merges.ties import ties
+from mttl_routing.merges.wudi import wudi
 
 __all__ = ["MERGES", "LowRank", "Merge", "MergeRule", "Update", "bind"]
 
@@ -146,6 +147,12 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
             "https://arxiv.org/abs/2604.16826",
             scale=1.0,
             inside=("task_arithmetic", "ties", "tsv"),
+        ),
+        "wudi": Merge(
+            wudi,
+            "https://arxiv.org/abs/2503.08099",
+            takes_weights=False,
+            options=MappingProxyType({"steps": 300, "learning_rate": 1e-5}),
         ),
     }
 )
