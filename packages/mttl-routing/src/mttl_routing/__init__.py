@@ -1,5 +1,6 @@
 """Mixtures of experts: merging and routing."""
 
+from mttl_routing.checkpoint import merge_into_checkpoint
 from mttl_routing.cohort import check_one_base
 from mttl_routing.merge import merge
 from mttl_routing.merges import MERGES, LowRank, Merge, MergeRule, Update
@@ -23,4 +24,5 @@ __all__ = [
     "apply_expert",
     "check_one_base",
     "merge",
+    "merge_into_checkpoint",
 ]
