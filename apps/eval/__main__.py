@@ -43,7 +43,10 @@ TRAIN_KEYS = [
     context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
 )
 @click.option("--library", default="local://mttldata/library", help="The experts' address.")
-@click.option("--merge", help="Evaluate the experts merged into one: uniform or ties.")
+@click.option(
+    "--merge",
+    help="Evaluate the experts merged into one: uniform, ties, core, ...; '?' lists all.",
+)
 @click.option("--route", help="Evaluate them routed: arrow, oracle or uniform.")
 @click.option("--merge-or-route", help="One option for both, by the older names.")
 @click.option(
@@ -54,8 +57,12 @@ TRAIN_KEYS = [
 )
 @click.option("--rank", type=click.IntRange(min=1), help="Cut the merged expert to this rank.")
 @click.option(
-    "--density", type=click.FloatRange(0, 1, min_open=True), help="Share that TIES keeps. [0.2]"
+    "--density",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of entries that ties, dare_*, della or breadcrumbs keeps. [default: the method's]",
 )
+@click.option("--inside", help="Method inside core, knots, pico or compress_then_merge.")
+@click.option("--scale", type=float, help="Multiplies the merge. [default: the method's]")
 @click.option("--selection", help="Only these experts (comma list). [default: all]")
 @click.option("--model", help="Base model. [default: the one that the experts are for]")
 @click.option("--dataset", help="Tasks. [default: those that the experts were trained on]")

@@ -157,6 +157,8 @@ class Evaluation:
                 options.merge or "",
                 rank=options.rank,
                 density=options.density,
+                inside=options.inside,
+                scale=options.scale,
                 progress=shown.update,
             )
 

@@ -11,12 +11,15 @@ import click
 from mttl_data import METRICS, benchmark_names
 from mttl_experts.jobs import say
 from mttl_routing import MERGES, ROUTERS
+from mttl_routing.merges import bind
 
 # Older names for both ways, and what they are here; (merge, route).
 OLDER = {
     "base": (None, None),
     "uniform": ("uniform", None),
     "ties": ("ties", None),
+    "wudi": ("wudi", None),
+    "wudi_merge_after": ("wudi", None),
     "uniform_lora_after_op": (None, "uniform"),
     "arrow": (None, "arrow"),
     "oracle": (None, "oracle"),
@@ -24,6 +27,8 @@ OLDER = {
 IN_DISTRIBUTION = "in_distribution"
 # Settings that arrow alone has, and what they are by default.
 ROUTED = {"top_k": 4, "temperature": 1.0}
+# Settings that some merge methods have; the method's own defaults where not given.
+MERGING = ("density", "inside", "scale")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class EvalOptions:
     temperature: float
     rank: int | None
     density: float | None
+    inside: str | None
+    scale: float | None
     selection: str | None
     model: str | None
     dataset: str | None
@@ -58,7 +65,9 @@ class EvalOptions:
     def method(self) -> dict[str, Any]:
         """How the experts become one model, as plain data; it is part of a score's key."""
         if self.merge:
-            return {"merge": self.merge, "rank": self.rank, "density": self.density}
+            way = {"merge": self.merge, "rank": self.rank, "density": self.density}
+            later = {"inside": self.inside, "scale": self.scale}
+            return way | {name: value for name, value in later.items() if value is not None}
         if self.route == "arrow":
             return {"route": "arrow", "top_k": self.top_k, "temperature": self.temperature}
         return {"route": self.route} if self.route else {}
@@ -99,10 +108,15 @@ def check(**options: Any) -> EvalOptions:
         options[name] = default if options[name] is None else options[name]
     if options["merge"] == "weighted":
         raise click.UsageError("--merge weighted takes weights, which only mttl_routing.merge has")
-    if options["density"] is not None and options["merge"] != "ties":
-        raise click.UsageError("--density is for --merge ties")
-    if options["rank"] is not None and not options["merge"]:
-        raise click.UsageError("--rank is for --merge")
+    for name in ("rank", *MERGING):
+        if options[name] is not None and not options["merge"]:
+            raise click.UsageError(f"--{name} is for --merge")
+    if options["merge"]:
+        given = {name: options[name] for name in MERGING if name != "scale"}
+        try:
+            bind(MERGES[options["merge"]], options["merge"], given, 0, options["rank"])
+        except ValueError as error:
+            raise click.UsageError(f"--merge: {error}") from error
     for name in ("benchmarks", "task_source", "template_type"):
         options[name] = tuple(p.strip() for p in (options[name] or "").split(",") if p.strip())
     own = [name for name in options["benchmarks"] if name == IN_DISTRIBUTION]

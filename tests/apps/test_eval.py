@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mttl_experts import ExpertLibrary
+from mttl_routing import MERGES
 from mttl_storage import Repository
 
 
@@ -59,6 +60,7 @@ def test_the_oracle_is_each_expert_on_its_own_task(library, evaluate):
     "args",
     [
         ("--merge", "ties", "--rank", "2", "--density", "0.5"),
+        ("--merge", "core", "--inside", "ties", "--density", "0.5", "--scale", "0.7"),
         ("--route", "arrow", "--top-k", "1"),
         ("--route", "uniform"),
         ("-k", "merge_or_route=arrow", "router_temp=0.5", "recompute_prototypes=True"),
@@ -158,7 +160,10 @@ def test_the_same_base_in_another_folder_is_the_same_base(
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--merge", "unifrom"), ("'unifrom'", "uniform", "ties")),
+        (("--merge", "unifrom"), ("'unifrom'", *MERGES)),
+        (("--merge", "core", "--inside", "della"), ("'core' takes inside='tsv'",)),
+        (("--merge", "uniform", "--density", "0.5"), ("'uniform' takes no density",)),
+        (("--scale", "0.5"), ("--scale is for --merge",)),
         (("--route", "arow"), ("'arow'", "arrow", "oracle")),
         (("--merge", "ties", "--route", "arrow"), ("give one",)),
         (("--library", "local://nope"), ("nope",)),
