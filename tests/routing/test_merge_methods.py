@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from peft.utils.merge_utils import ties as peft_ties
 from torch import Tensor
 
 from mttl_experts import Expert, lora_modules
@@ -515,6 +517,40 @@ def test_dora_and_bias_are_refused_by_name(make_expert, method, config):
         do_merge(experts, method)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_loads_every_merge_also_of_patterns_as_issue_3737_has_them(
+    base, tokens, some, tmp_path, method
+):
+    merged = do_merge(some(method), method)
+    for name, content in merged.files().items():
+        (tmp_path / name).write_bytes(content)
+    peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    dense = copy.deepcopy(base)
+    with torch.no_grad():
+        for module, delta in deltas_of(merged).items():
+            dense.get_submodule(module).weight += delta.float()
+        torch.testing.assert_close(peft(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.97])
+@pytest.mark.parametrize("density", [0.125, 0.5, 1.0])
+def test_ties_is_that_of_peft_on_small_and_zero_heavy_updates(make_expert, zeros, density):
+    """PEFT's rule on ΔW, where it agrees with the paper: equal weights, no entry of sum zero."""
+    experts = [make_expert(f"e{n}", layers=(0,), rank=2, size=1.0) for n in range(5)]
+    for n, expert in enumerate(experts):
+        for key, value in expert.expert_weights.items():
+            if "lora_B" in key:
+                generator = torch.Generator().manual_seed(n)
+                value[torch.rand(len(value), generator=generator) < zeros] = 0.0
+            if "lora_A" in key:
+                value[:, 5:] *= float(zeros < 0.9)
+    found = deltas_of(merge(experts, "ties", density=density))
+    for module, delta in found.items():
+        updates = [deltas_of(expert)[module].float() for expert in experts]
+        expected = peft_ties(updates, torch.ones(5), density, "total")
+        torch.testing.assert_close(delta.float(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -595,6 +631,11 @@ def test_an_entry_is_the_mean_of_those_that_change_it(make_expert):
     torch.testing.assert_close(found[:4], second[:4], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[8:16], first[8:16], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[16:], (first + second)[16:] / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_a_method_for_two_says_so(make_expert):
+    with pytest.raises(ValueError, match="'slerp' takes 2 experts, got 3; 'multislerp'"):
+        merge([make_expert(f"e{n}") for n in range(3)], "slerp")
 
 
 def test_factors_apart_need_one_rank(make_expert):

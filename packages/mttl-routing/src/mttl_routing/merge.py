@@ -15,7 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from mttl_experts import Expert, ExpertInfo, LoraFactors, UnsupportedAdapterError, recipe_digest
+from mttl_experts import (
+    Expert,
+    ExpertInfo,
+    IncompatibleExpertError,
+    LoraFactors,
+    UnsupportedAdapterError,
+    recipe_digest,
+)
 from mttl_routing.cohort import Experts, check_one_base, experts_of, factors_by_module
 from mttl_routing.merges import MERGES, LowRank, Merge, MergeRule, Update, bind
 from mttl_routing.merges.factoring import Factored, factored
@@ -73,7 +80,7 @@ def merge(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed is {seed!r}; it takes a whole number")
     if kind.n_experts is not None and len(chosen) != kind.n_experts:
-        raise ValueError(
+        raise IncompatibleExpertError(
             f"method {method_name!r} takes {kind.n_experts} experts, got {len(chosen)}; "
             "'multislerp' takes any number"
         )

@@ -93,7 +93,7 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
         "della": Merge(
             della,
             "https://arxiv.org/abs/2406.11617",
-            options=MappingProxyType({"density": 0.7, "epsilon": 0.07}),
+            options=MappingProxyType({"density": 0.7, "epsilon": None}),
             draws=True,
         ),
         "breadcrumbs": Merge(

@@ -26,7 +26,7 @@ def chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
 
 
 def della(
-    updates: Sequence[Update], *, density: float = 0.7, epsilon: float = 0.07, seed: int = 0
+    updates: Sequence[Update], *, density: float = 0.7, epsilon: float | None = None, seed: int = 0
 ) -> Tensor:
     """DELLA merge of one module's ΔW, (o, i) float32.
 
@@ -37,11 +37,14 @@ def della(
     Args:
         updates: with weights above zero.
         density: mean share of entries kept, 1 - p in the paper.
-        epsilon: half the width of the window of probabilities around ``density``, ε/2 in the paper.
+        epsilon: half the width of the window of probabilities around ``density``; 0.07 if not
+            given, or as much as leaves them in (0, 1].
         seed: of the draws.
     """
     check_share("density", density)
-    if not 0.0 <= epsilon < min(density, 1.0) or density + epsilon > 1.0:
+    if epsilon is None:
+        epsilon = min(0.07, density / 2, 1.0 - density)
+    if not 0.0 <= epsilon < density or density + epsilon > 1.0:
         raise ValueError(
             f"epsilon is {epsilon!r} with density {density!r}; density - epsilon and density + "
             "epsilon must be in (0, 1]"

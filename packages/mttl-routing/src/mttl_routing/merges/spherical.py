@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mttl_experts import inner_product
+from mttl_experts import IncompatibleExpertError, inner_product
 from mttl_routing.merges.linear import linear
 from mttl_routing.merges.rule import LowRank, Update
 
@@ -60,7 +60,7 @@ def multislerp(updates: Sequence[Update]) -> LowRank:
         updates: with weights that sum to 1 over all experts.
 
     Raises:
-        ValueError: where the directions of three or more cancel out.
+        IncompatibleExpertError: where the directions of three or more cancel out.
     """
     norms = [math.sqrt(max(product(u, u), 0.0)) for u in updates]
     units = [u.weight / n if n > 0.0 else 0.0 for u, n in zip(updates, norms, strict=True)]
@@ -72,7 +72,7 @@ def multislerp(updates: Sequence[Update]) -> LowRank:
     if mean_norm < _SMALL:
         if len(updates) <= 2:
             return linear(updates)
-        raise ValueError(
+        raise IncompatibleExpertError(
             f"multislerp: the directions of the experts cancel out in module "
             f"{updates[0].module!r}; give other weights"
         )
