@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +21,9 @@ def without_extremes(delta: Tensor, density: float, gamma: float) -> Tensor:
     outliers = min(round(gamma * count), count - 1)
     keep = max(1, min(round(density * count), count - outliers))
     magnitude = delta.abs()
-    flat = magnitude.flatten()
-    most = flat.kthvalue(count - outliers).values
-    least = flat.kthvalue(count - outliers - keep + 1).values
+    places = (count - outliers - keep, count - outliers - 1)  # of the least and the most kept
+    rising = np.partition(magnitude.flatten().numpy(), places)
+    least, most = (float(rising[place]) for place in places)
     return torch.where((magnitude >= least) & (magnitude <= most), delta, 0.0)
 
 

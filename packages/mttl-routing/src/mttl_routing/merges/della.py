@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,9 @@ def chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
     ``density + epsilon``. Equal magnitudes are ranked from left to right.
     """
     columns = delta.shape[1]
-    order = delta.abs().argsort(dim=1, stable=True)
+    # Magnitude and column in one whole number: several times faster to sort than a stable argsort.
+    keys = delta.abs().contiguous().view(torch.int32).long() << 32 | torch.arange(columns)
+    order = torch.from_numpy(np.sort(keys.numpy(), axis=1)) & 0xFFFFFFFF
     steps = torch.linspace(-1.0, 1.0, columns) if columns > 1 else torch.zeros(1)
     ranked = torch.empty_like(delta).scatter_(1, order, steps.expand_as(delta))
     return density + epsilon * ranked
