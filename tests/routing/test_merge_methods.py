@@ -5,6 +5,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -770,3 +771,23 @@ def test_wudi_lowers_what_it_minimises(make_expert):
             return float(sum(((merged - d) @ d.T).norm() ** 2 / d.norm() ** 2 for d in deltas))
 
         assert loss(end[module]) < 0.1 * loss(start[module])
+
+
+def law_rows() -> list[str]:
+    """The table of docs/merging.md, from the cases above."""
+
+    def cell(law: Mapping[str, Any] | str) -> str:
+        if isinstance(law, str):
+            return f"no: {law}"
+        return "yes" + (f", with {', '.join(f'{k}={v:g}' for k, v in law.items())}" if law else "")
+
+    return [
+        f"| `{method}` | " + " | ".join(cell(case.laws[law]) for law in (ONE, EQUAL, SIZE, SPLIT))
+        for method, case in CASES.items()
+    ]
+
+
+def test_the_table_of_laws_in_the_docs_is_this_one():
+    text = (Path(__file__).parents[2] / "docs" / "merging.md").read_text(encoding="utf-8")
+    for row in law_rows():
+        assert f"{row} |\n" in text
