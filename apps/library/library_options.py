@@ -24,11 +24,16 @@ yes = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 def open_library(library: str, read_only: bool = True, create: bool = False) -> ExpertLibrary:
-    """The library at an address; a missing one ends the command in one line."""
+    """The library at an address; a missing one ends the command in one line.
+
+    To read, plain PEFT adapters that lie there are one as well.
+    """
     from mttl_experts import ExpertLibrary
 
     with known_errors():
-        return ExpertLibrary(library, create=create, read_only=read_only)
+        if read_only:
+            return ExpertLibrary.get_expert_library(library, read_only=True)
+        return ExpertLibrary(library, create=create)
 
 
 def expert_of(library: ExpertLibrary, name: str) -> Expert:

@@ -89,3 +89,23 @@ def test_a_conflict_is_one_clear_line(run, adapter):
     assert "another expert 'one'" in line
     missing = run("nope", "--into", "lib", "--yes")
     assert len(missing.output.strip().splitlines()) == 1
+
+
+def test_plain_adapters_are_listed_as_they_lie(app, adapter):
+    one = adapter("one")
+    adapter("two", seed=1)
+    listed = app("library", "list", one.parent, "--json")
+    assert listed.exit_code == 0, listed.output
+    assert [row["expert_name"] for row in json.loads(listed.output)] == ["one", "two"]
+    assert app("library", "verify", one.parent).exit_code == 0
+    removed = app("library", "remove", "one", "--yes", "--library", one.parent)
+    assert removed.exit_code == 1
+    assert (one / "adapter_config.json").exists()
+
+
+def test_two_adapters_of_one_name_are_told_apart_or_refused(app, adapter):
+    adapter("a/b")
+    adapter("a-b", seed=1)
+    listed = app("library", "list", adapter("c").parent)
+    assert listed.exit_code == 1
+    assert "would both be the expert 'a-b'" in " ".join(listed.output.split())

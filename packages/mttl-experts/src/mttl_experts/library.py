@@ -83,6 +83,8 @@ class ExpertLibrary(LibraryWriter):
         exclude_selection: str | Iterable[str] | None = None,
         create: bool = False,
         destination_id: str | None = None,
+        *,
+        read_only: bool | None = None,
     ) -> ExpertLibrary:
         """Open a library as the constructor does; with ``destination_id``, copy it there.
 
@@ -92,7 +94,15 @@ class ExpertLibrary(LibraryWriter):
             The library, or the copy: all of the destination, open for changes.
         """
         try:
-            library = cls(repo_id, token, model_name, selection, exclude_selection, create)
+            library = cls(
+                repo_id,
+                token,
+                model_name,
+                selection,
+                exclude_selection,
+                create,
+                read_only=read_only,
+            )
         except NotFound:
             from mttl_experts.interop.plain_library import PlainExpertLibrary
 

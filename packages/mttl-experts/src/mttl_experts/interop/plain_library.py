@@ -5,6 +5,7 @@ Nothing is copied or written there. It has one generation, and no history, artif
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import re
@@ -95,11 +96,12 @@ class PlainRepository(Repository):
     def __init__(self, address: Address, token: object = None) -> None:
         """Look at an address."""
         store = filesystem(address, token)
-        super().__init__(Log(store), _look(store), read_only=True)
+        state, self._places = _look(store)
+        super().__init__(Log(store), state, read_only=True)
 
     def refresh(self) -> Repository:
         """Look again."""
-        self._state = _look(self.store)
+        self._state, self._places = _look(self.store)
         return self
 
     def read(self, item_name: str, file: str) -> bytes:
@@ -168,7 +170,7 @@ class PlainRepository(Repository):
         item = self.item(item_name)
         if file not in item.files:
             raise NotFound(f"the item {item_name!r} has no file {file!r}")
-        return item.home + file, item.files[file]
+        return self._places[item_name] + file, item.files[file]
 
     def _changed(self, key: str) -> str:
         return f"{self.store.address_of(key)!r} was changed since it was looked at; open it again"
@@ -188,8 +190,8 @@ def _only_read(uri: str) -> str:
     )
 
 
-def _look(store: Store) -> State:
-    """The adapters in a store as the items of a generation 0."""
+def _look(store: Store) -> tuple[State, dict[str, str]]:
+    """The adapters in a store as the items of a generation 0, and where each of them lies."""
     entries = {entry.key: entry for entry in store.scan("")}
     places = sorted(
         key.removesuffix(CONFIG_FILE)
@@ -203,13 +205,20 @@ def _look(store: Store) -> State:
             f"or pass create=True to make a library{store.missing_hint}"
         )
     lines: dict[str, bytes] = {}
+    named: dict[str, str] = {}
+    for place in places:
+        other = named.setdefault(EXPERTS + (name := _name(store, place)), place)
+        if other != place:
+            raise UnsupportedAdapterError(
+                f"{store.address_of(other)!r} and {store.address_of(place)!r} would both be the "
+                f"expert {name!r}; import them into a library under names of their own"
+            )
 
-    def look(place: str) -> None:
-        name = _name(store, place)
-        lines[EXPERTS + name] = encode_line(EXPERTS + name, _record(store, place, entries))
+    def look(name: str) -> None:
+        lines[name] = encode_line(name, _record(store, named[name], entries))
 
-    in_parallel(look, places)
-    return State(0, "", live=lines)
+    in_parallel(look, named)
+    return State(0, "", live=lines), named
 
 
 def _name(store: Store, place: str) -> str:
@@ -248,6 +257,5 @@ def _record(store: Store, place: str, entries: dict[str, Entry]) -> dict[str, An
         "files": {file: list(entry) for file, entry in files.items()},
         "info": facts,
         "generation": 0,
-        "time": "",
-        "home": place,
+        "time": datetime.datetime.fromtimestamp(weights.time, datetime.UTC).isoformat(),
     }
