@@ -13,7 +13,7 @@ GRACE = 3.0
 """Longer than a reader holds a view and a commit takes. Azure tells times in whole seconds."""
 WRITERS = 2
 READERS = 3
-PAUSE = {"local": 0.05, "virtual": 0.05, "az": 0.5, "hf": 0.5}
+PAUSE = {"local": 0.05, "virtual": 0.05, "az": 0.5, "hf": 1.0}
 """Seconds between two steps of a writer. On the hub, gc deletes only while no one commits."""
 
 
@@ -122,6 +122,7 @@ def test_readers_miss_nothing_while_others_write_and_gc_deletes(new_address, sch
         time.sleep(seconds)
     assert [client.error for client in clients] == [None] * len(clients)
     assert all(client.steps > 1 for client in clients)
+    collect(repository)
     assert sum(deleted) > 0
     assert repository.verify() == []
     read_all(repository)

@@ -15,9 +15,9 @@ from mttl_storage.retrying import Failure
 from mttl_storage.secrets import hide
 from mttl_storage.store.azure_account import Account, account_of
 from mttl_storage.store.azure_answers import (
+    WholeAnswers,
     code_of,
     failure_of,
-    refuse_cut_headers,
     understood,
     whole_etag,
 )
@@ -31,7 +31,7 @@ from azure.core.exceptions import ResourceExistsError, ResourceModifiedError  # 
 from azure.storage.blob import BlobBlock, BlobPrefix, ContainerClient  # isort: skip
 
 CONNECT_SECONDS = 10
-SILENT_SECONDS = 15
+SILENT_SECONDS = 5
 """How long to wait for a connection, and for the next byte on it."""
 BLOCK = SMALL
 """Bytes of one block of a large file, and of one download request."""
@@ -58,18 +58,20 @@ class AzureStore(RemoteStore):
 
     @cached_property
     def _client(self) -> Any:
+        transport = WholeAnswers(
+            connection_timeout=CONNECT_SECONDS,
+            read_timeout=SILENT_SECONDS,
+            connection_data_block_size=1 << 20,
+        )
         client = ContainerClient(
             self._identity.url,
             self._container,
             credential=self._identity.credential,
-            connection_timeout=CONNECT_SECONDS,
-            read_timeout=SILENT_SECONDS,
+            transport=transport,
             retry_total=0,
             max_single_get_size=BLOCK,
             max_chunk_get_size=BLOCK,
-            connection_data_block_size=1 << 20,
             logging_enable=False,
-            raw_response_hook=refuse_cut_headers,
         )
         if self._identity.secret:
             hide(self._identity.secret.reveal())

@@ -18,6 +18,7 @@ try:
         ServiceRequestError,
         ServiceResponseError,
     )
+    from azure.core.pipeline.transport import RequestsTransport
 except ImportError as error:
     raise ImportError(
         "az:// addresses need azure-storage-blob; install mttl-storage[azure]"
@@ -91,19 +92,24 @@ class _GarbledError(AzureError):
     """An answer was cut within its headers, which the client takes for all of them."""
 
 
-def refuse_cut_headers(response: Any) -> None:
-    """Raise if a connection ended within the headers of an answer, which the client takes for all.
+class WholeAnswers(RequestsTransport):  # type: ignore[misc]
+    """Takes no answer of which a connection has ended within the headers, as the client would."""
 
-    Whoever keeps connections open says how long a body is: Azurite at the end of the headers, where
-    Azure itself has the date.
-    """
-    answer = response.http_response
-    length, coding = (
-        answer.headers.get(name) or "" for name in ("Content-Length", "Transfer-Encoding")
-    )
-    whole = (length.isdecimal() or coding.lower() == "chunked") and "Date" in answer.headers
-    if not whole and (answer.status_code < 300 or answer.status_code in _CODE_MATTERS):
-        raise _GarbledError("the answer was cut within its headers")
+    def send(self, request: Any, **kwargs: Any) -> Any:
+        """Send a request, and give its answer.
+
+        Whoever keeps connections open says how long a body is: Azurite at the end of the headers,
+        where Azure itself has the date.
+        """
+        with understood():
+            answer: Any = super().send(request, **kwargs)
+        length, coding = (
+            answer.headers.get(name) or "" for name in ("Content-Length", "Transfer-Encoding")
+        )
+        whole = (length.isdecimal() or coding.lower() == "chunked") and "Date" in answer.headers
+        if not whole and (answer.status_code < 300 or answer.status_code in _CODE_MATTERS):
+            raise _GarbledError("the answer was cut within its headers")
+        return answer
 
 
 @contextlib.contextmanager
