@@ -6,12 +6,12 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import click
-from exporting import export
-from importing import import_experts
 from library_changes import card, copy, gc, remove, rename, restore, tag
+from library_export import export
 from library_history import blame, diff, lineage, log
+from library_import import import_experts
 from library_options import address, as_json, in_library, open_library
-from searching import search
+from library_search import search
 
 from mttl_experts.jobs import bar, console, known_errors
 
@@ -121,11 +121,12 @@ def _row(library: ExpertLibrary, name: str, info: ExpertInfo) -> dict[str, Any]:
     }
 
 
-for command in (blame, card, copy, diff, gc, lineage, log, remove, rename, restore, tag):
+for command in (blame, card, copy, diff, export, gc, import_experts, lineage, log, remove, rename):
     main.add_command(command)
-main.add_command(import_experts)
-main.add_command(export)
+main.add_command(restore)
 main.add_command(search)
+main.add_command(tag)
+
 
 if __name__ == "__main__":
     main(prog_name="apps/library")
