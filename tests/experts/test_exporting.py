@@ -174,6 +174,13 @@ def test_a_gguf_lora_has_the_expert_s_delta_where_llama_cpp_looks(kind, adapted,
         np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-7)
 
 
+def test_a_gguf_lora_that_does_not_fit_the_base_is_refused(make_expert, llama, tmp_path):
+    config = llama().config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    wrong = make_expert(shapes={"self_attn.k_proj": (16, 16)})  # the base has one head of 8
+    with pytest.raises(IncompatibleExpertError, match=r"16 rows of .*k_proj.* 1 heads of 8"):
+        export_gguf(wrong, config, tmp_path / "one.gguf")
+
+
 def test_a_plain_lora_keeps_its_alpha_and_its_factors_bit_for_bit(make_expert, tmp_path):
     expert = make_expert(shapes={"self_attn.v_proj": (8, 16)})
     config = {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 2}
@@ -223,6 +230,7 @@ SMOLLM2 = {
     "num_hidden_layers": 30,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
+    "hidden_size": 576,
     "tie_word_embeddings": True,
 }
 SMOLLM2_MODULES = {

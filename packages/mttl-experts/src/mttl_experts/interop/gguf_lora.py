@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mttl_experts.errors import UnsupportedAdapterError
+from mttl_experts.errors import IncompatibleExpertError, UnsupportedAdapterError
 from mttl_experts.expert import Expert
 from mttl_experts.spectral import LoraFactors, lora_modules
 
@@ -56,6 +56,7 @@ def export_gguf(expert: Expert, base_config: Mapping[str, Any], path: Path) -> N
     Raises:
         UnsupportedAdapterError: naming what has no place in such a file: another kind of adapter,
             a base that is not in ``ARCHITECTURES``, or a module without a tensor in llama.cpp.
+        IncompatibleExpertError: when its queries or keys do not fit the base.
     """
     import gguf
 
@@ -121,12 +122,16 @@ def _rows(architecture: _Architecture, config: Mapping[str, Any], module: str, b
     leaf = module.rpartition(".")[2]
     if not architecture.permuted or leaf not in ("q_proj", "k_proj"):
         return b
-    heads = int(config["num_attention_heads"])
-    if leaf == "k_proj":
-        heads = int(config.get("num_key_value_heads") or heads)
-    return (
-        b.reshape(heads, 2, b.shape[0] // heads // 2, b.shape[1]).transpose(1, 2).reshape(b.shape)
-    )
+    queries = int(config["num_attention_heads"])
+    size = int(config.get("head_dim") or int(config["hidden_size"]) // queries)
+    heads = queries if leaf == "q_proj" else int(config.get("num_key_value_heads") or queries)
+    if b.shape[0] != heads * size:
+        raise IncompatibleExpertError(
+            f"the expert changes {b.shape[0]} rows of {module!r}, and the base has {heads} heads "
+            f"of {size} there; it was made for another base"
+        )
+    halves = b.reshape(heads, 2, size // 2, b.shape[1])
+    return halves.transpose(1, 2).reshape(b.shape)
 
 
 def _float32(tensor: Tensor) -> np.ndarray[Any, Any]:
