@@ -121,11 +121,11 @@ def _row(library: ExpertLibrary, name: str, info: ExpertInfo) -> dict[str, Any]:
     }
 
 
-for command in (blame, card, copy, diff, export, gc, import_experts, lineage, log, remove, rename):
+for command in (
+    *(blame, card, copy, diff, export, gc, import_experts),
+    *(lineage, log, remove, rename, restore, search, tag),
+):
     main.add_command(command)
-main.add_command(restore)
-main.add_command(search)
-main.add_command(tag)
 
 
 if __name__ == "__main__":
