@@ -23,7 +23,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for 
 yes = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
-def open_library(library: str, read_only: bool = True, create: bool = False) -> ExpertLibrary:
+def open_library(library: str, read_only: bool = True) -> ExpertLibrary:
     """The library at an address; a missing one ends the command in one line.
 
     To read, plain PEFT adapters that lie there are one as well.
@@ -33,7 +33,7 @@ def open_library(library: str, read_only: bool = True, create: bool = False) -> 
     with known_errors():
         if read_only:
             return ExpertLibrary.get_expert_library(library, read_only=True)
-        return ExpertLibrary(library, create=create)
+        return ExpertLibrary(library)
 
 
 def expert_of(library: ExpertLibrary, name: str) -> Expert:
@@ -44,10 +44,10 @@ def expert_of(library: ExpertLibrary, name: str) -> Expert:
     return library[name]
 
 
-def show(data: Any, as_json: bool, people: Callable[[], object], stderr: bool = False) -> None:
+def show(data: Any, as_json: bool, people: Callable[[], object]) -> None:
     """Print data as JSON for programs, or call what prints it for people."""
     if as_json:
-        click.echo(json.dumps(data, indent=1, ensure_ascii=False), err=stderr)
+        click.echo(json.dumps(data, indent=1, ensure_ascii=False))
     else:
         people()
 

@@ -1,9 +1,12 @@
 """Credentials that no one gets to see: not in a repr, a pickle, a log line or an error."""
 
+import ipaddress
 import logging
 import threading
 import urllib.parse
 from typing import Any, NoReturn
+
+from mttl_storage.errors import Denied
 
 HIDDEN = "***"
 _CLIENTS = {
@@ -60,6 +63,23 @@ def redacted(text: str) -> str:
     for value in sorted(_known, key=len, reverse=True):
         text = text.replace(value, HIDDEN)
     return text
+
+
+def refuse_plain(url: str, what: str) -> None:
+    """Raise Denied if a credential would be sent over plain http to another machine."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "https" and not _is_loopback(parts.hostname or ""):
+        raise Denied(
+            f"{what} would be sent over plain {parts.scheme or 'text'} to {parts.hostname!r}; "
+            "use an https:// endpoint"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _signatures(value: str) -> list[str]:

@@ -1,13 +1,12 @@
 """Which Azure account to ask, and with which credential: from an argument or the environment."""
 
-import ipaddress
 import os
 import urllib.parse
 from dataclasses import dataclass, field
 from typing import Any
 
-from mttl_storage.errors import Denied, InvalidName, StorageError
-from mttl_storage.secrets import Secret
+from mttl_storage.errors import InvalidName, StorageError
+from mttl_storage.secrets import Secret, refuse_plain
 
 SAS_VARIABLES = ("BLOB_SAS_TOKEN", "AZURE_STORAGE_SAS_TOKEN")
 KEY_VARIABLE = "AZURE_STORAGE_KEY"
@@ -63,9 +62,9 @@ def account_of(name: str, token: object = None) -> Account:
             url = f"{protocol}://{name}.blob.{connection['endpointsuffix']}"
     url = _with_account(url.rstrip("/"), name)
     if token is None:
-        _refuse_plain(url, "the default credential")
+        refuse_plain(url, "the default credential")
         return Account(url, _default_credential(), "DefaultAzureCredential")
-    _refuse_plain(url, kind)
+    refuse_plain(url, kind)
     if not isinstance(token, str):
         return Account(url, token, kind)
     secret = Secret(token)
@@ -122,20 +121,3 @@ def _with_account(url: str, name: str) -> str:
     if host.partition(".")[0] == name or parts.path.strip("/"):
         return url
     return f"{url}/{name}"
-
-
-def _refuse_plain(url: str, kind: str) -> None:
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
-        raise Denied(
-            f"{kind} would be sent over plain {parts.scheme or 'text'} to {parts.hostname!r}; "
-            "use an https:// endpoint"
-        )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine itself."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import threading
-import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,7 @@ from mttl_storage.errors import (
     Throttled,
 )
 from mttl_storage.retrying import Failure
-from mttl_storage.secrets import Secret, hide, redacted
-from mttl_storage.store.azure_account import is_loopback
+from mttl_storage.secrets import Secret, hide, redacted, refuse_plain
 
 try:
     import httpx2
@@ -53,12 +51,8 @@ def connect(token: object) -> tuple[HfApi, str]:
         value = get_token() or False
     if not isinstance(value, (str, bool)):
         raise TypeError(f"a token of the hub is a str, not {type(value).__name__}")
-    parts = urllib.parse.urlsplit(endpoint)
-    if value and parts.scheme != "https" and not is_loopback(parts.hostname or ""):
-        raise Denied(
-            f"a token would be sent over plain {parts.scheme or 'text'} to {parts.hostname!r}; "
-            "HF_ENDPOINT must begin with https://"
-        )
+    if value:
+        refuse_plain(endpoint, "a token")
     _bound_requests()
     api = HfApi(endpoint=endpoint, token=value, library_name=LIBRARY)
     if isinstance(value, str):
