@@ -20,9 +20,16 @@ from mttl_experts.errors import UnsupportedAdapterError
 from mttl_experts.expert import Expert
 from mttl_experts.plain import canonical_json, plain, recipe_digest
 from mttl_experts.tensors import LazyTensors, to_safetensors
-from mttl_storage import Conflict, Corrupt, Denied, Item, ReadOnly, StorageFull
-from mttl_storage.items import content_digest
-from mttl_storage.store.transfer import in_parallel
+from mttl_storage import (
+    Conflict,
+    Corrupt,
+    Denied,
+    Item,
+    ReadOnly,
+    StorageFull,
+    content_digest,
+    in_parallel,
+)
 
 if TYPE_CHECKING:
     from mttl_experts.changing import LibraryWriter

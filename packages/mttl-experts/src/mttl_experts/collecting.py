@@ -8,7 +8,7 @@ from datetime import datetime
 
 from mttl_experts.artifacts import PREFIX
 from mttl_experts.selection import EXPERTS
-from mttl_storage import Batch, Collected, Item, Repository, intents
+from mttl_storage import Batch, Collected, Item, Repository
 
 GRACE = 7 * 86400.0
 """Seconds for which what nothing needs is kept all the same, for readers and writers in flight."""
@@ -51,7 +51,7 @@ def made_from_gone(
 def remove_for_good(batch: Batch, item: Item) -> None:
     """Remove an item so that it cannot be restored."""
     batch.remove(item.name)
-    batch.intents.append(intents.forget(item))
+    batch.forget(item)
 
 
 def _seconds(item: Item) -> float:

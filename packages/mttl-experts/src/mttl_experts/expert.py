@@ -16,8 +16,7 @@ from torch import Tensor
 
 from mttl_experts.plain import plain
 from mttl_experts.tensors import to_safetensors
-from mttl_storage import FileEntry
-from mttl_storage.items import content_digest
+from mttl_storage import FileEntry, content_digest
 
 FORMAT = 1
 CONFIG_FILE = "adapter_config.json"

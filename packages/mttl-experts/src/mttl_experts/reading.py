@@ -20,8 +20,17 @@ from mttl_experts.expert import (
 )
 from mttl_experts.selection import EXPERTS, Selection
 from mttl_experts.tensors import LazyTensors, from_safetensors
-from mttl_storage import Batch, Commit, Corrupt, Item, NotFound, Problem, Repository, StorageError
-from mttl_storage.store.transfer import in_parallel
+from mttl_storage import (
+    Batch,
+    Commit,
+    Corrupt,
+    Item,
+    NotFound,
+    Problem,
+    Repository,
+    StorageError,
+    in_parallel,
+)
 
 
 class LibraryReader:

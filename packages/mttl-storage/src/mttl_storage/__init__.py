@@ -14,11 +14,12 @@ from mttl_storage.errors import (
     StorageFull,
     Throttled,
 )
-from mttl_storage.items import FileEntry, Item
+from mttl_storage.items import FileEntry, Item, content_digest
 from mttl_storage.log import Change, Commit
 from mttl_storage.names import check_name
 from mttl_storage.repository import Repository
 from mttl_storage.store import filesystem
+from mttl_storage.store.transfer import in_parallel
 from mttl_storage.uri import Address, parse_uri
 from mttl_storage.verification import Problem
 
@@ -42,7 +43,9 @@ __all__ = [
     "StorageFull",
     "Throttled",
     "check_name",
+    "content_digest",
     "copy",
     "filesystem",
+    "in_parallel",
     "parse_uri",
 ]

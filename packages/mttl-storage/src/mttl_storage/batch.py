@@ -5,7 +5,7 @@ from typing import Any
 
 from mttl_storage import intents
 from mttl_storage.intents import Intent
-from mttl_storage.items import Files
+from mttl_storage.items import Files, Item
 from mttl_storage.store.base import Store
 
 
@@ -42,6 +42,10 @@ class Batch:
     def remove(self, name: str) -> None:
         """As ``Repository.remove``."""
         self.intents.append(intents.remove(name))
+
+    def forget(self, item: Item) -> None:
+        """Let a removed item, or one that this batch removes, never be restored; gc deletes it."""
+        self.intents.append(intents.forget(item))
 
     def restore(self, name: str) -> None:
         """As ``Repository.restore``."""

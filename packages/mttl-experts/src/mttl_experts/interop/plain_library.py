@@ -28,15 +28,16 @@ from mttl_storage import (
     Problem,
     ReadOnly,
     Repository,
+    content_digest,
     filesystem,
+    in_parallel,
     parse_uri,
 )
 from mttl_storage.cache import cached_folder, fetch
-from mttl_storage.items import content_digest, encode_line
+from mttl_storage.items import encode_line
 from mttl_storage.log import Log
 from mttl_storage.state import State
 from mttl_storage.store import Entry, Store
-from mttl_storage.store.transfer import in_parallel
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 

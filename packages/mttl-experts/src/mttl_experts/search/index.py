@@ -22,8 +22,7 @@ from mttl_experts.errors import UnsupportedAdapterError
 from mttl_experts.expert import Expert
 from mttl_experts.search.sketch import WIDTH, sketch
 from mttl_experts.spectral import inner_product, lora_modules
-from mttl_storage import Conflict, Corrupt, Denied, ReadOnly, StorageFull
-from mttl_storage.store.transfer import in_parallel
+from mttl_storage import Conflict, Corrupt, Denied, ReadOnly, StorageFull, in_parallel
 
 if TYPE_CHECKING:
     from mttl_experts.changing import LibraryWriter

@@ -16,8 +16,7 @@ from mttl_experts.search.index import COMMIT_SECONDS, Progress, SketchIndex, ske
 from mttl_experts.search.likeness import Likeness, Query
 from mttl_experts.search.text import TextIndex
 from mttl_experts.spectral import LoraFactors, lora_modules
-from mttl_storage import Conflict, Denied, ReadOnly, StorageFull
-from mttl_storage.store.transfer import in_parallel
+from mttl_storage import Conflict, Denied, ReadOnly, StorageFull, in_parallel
 
 if TYPE_CHECKING:
     from mttl_experts.changing import LibraryWriter
