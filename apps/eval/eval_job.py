@@ -40,7 +40,7 @@ COLUMNS = ("base", "base_two_shot", "expert", "model")
 
 def run(options: EvalOptions) -> None:
     """Score every task, print the table and write ``results.json``."""
-    library = ExpertLibrary(options.library, selection=options.selection)
+    library = _opened(options)
     experts = list(library.values())
     if not experts:
         raise click.UsageError(f"{library.uri} has no experts to evaluate; train some first")
@@ -70,6 +70,16 @@ def run(options: EvalOptions) -> None:
         },
     )
     say(f"results in {path}")
+
+
+def _opened(options: EvalOptions) -> ExpertLibrary:
+    """What is evaluated: the experts selected, or all that are not merges themselves."""
+    library = ExpertLibrary(options.library, selection=options.selection)
+    merges = sorted(set(library).difference(library.unmerged))
+    if options.selection is not None or not merges:
+        return library
+    say(f"left out, being merges: {', '.join(merges)}; --selection takes them in")
+    return ExpertLibrary(options.library, exclude_selection=merges)
 
 
 class Evaluation:
@@ -153,7 +163,7 @@ class Evaluation:
         options = self.options
         with bar(f"merging {len(self.experts)} experts by {options.merge}") as shown:
             return merge(
-                self.experts,
+                self.library,
                 options.merge or "",
                 rank=options.rank,
                 density=options.density,

@@ -10,6 +10,7 @@ from library_changes import card, copy, gc, remove, rename, restore, tag
 from library_export import export
 from library_history import blame, diff, lineage, log
 from library_import import import_experts
+from library_merge import merge
 from library_options import address, as_json, in_library, open_library
 from library_search import search
 
@@ -123,7 +124,7 @@ def _row(library: ExpertLibrary, name: str, info: ExpertInfo) -> dict[str, Any]:
 
 for command in (
     *(blame, card, copy, diff, export, gc, import_experts),
-    *(lineage, log, remove, rename, restore, search, tag),
+    *(lineage, log, merge, remove, rename, restore, search, tag),
 ):
     main.add_command(command)
 

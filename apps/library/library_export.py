@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from library_options import weights_of
 
 from mttl_experts.jobs import bar, known_errors, say
 
@@ -107,7 +108,7 @@ def _stacked(
     from mttl_routing import merge
 
     method = "uniform" if weights is None else "weighted"
-    given = None if weights is None else _weights(weights, list(library))
+    given = None if weights is None else weights_of(weights, list(library))
     merged = merge(
         list(library.values()), method, weights=given, name=name or "stacked", progress=progress
     )
@@ -116,27 +117,6 @@ def _stacked(
     for file, content in merged.files().items():
         (folder / file).write_bytes(content)
     return folder
-
-
-def _weights(text: str, names: list[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, number = part.strip().rpartition("=")
-        try:
-            found[name] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or name not in names:
-            raise click.ClickException(
-                f"--weights takes NAME=NUMBER,NAME=NUMBER for the experts chosen, got {part!r}"
-            )
-    missing = sorted(set(names) - set(found))
-    if missing:
-        raise click.ClickException(
-            f"--weights names no weight for {', '.join(missing)}; give it one, or choose experts "
-            "with --expert"
-        )
-    return found
 
 
 def _base_folder(expert: Expert, base: str | None, whole: bool) -> Path:

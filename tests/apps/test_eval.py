@@ -179,3 +179,12 @@ def test_bad_input_is_one_clear_line(evaluate, args, words):
     assert "Traceback" not in outcome.output
     for word in words:
         assert word in outcome.output.strip().splitlines()[-1]
+
+
+def test_merges_in_the_library_are_left_out_unless_selected(library, evaluate, app):
+    assert app("library", "merge", "uniform", "--name", "mean").exit_code == 0
+    outcome = evaluate("--merge", "uniform")
+    assert "left out, being merges: mean" in outcome.output
+    assert list(results()["experts"]) == ["copy_first", "copy_last"]
+    assert evaluate("--merge", "uniform", "--selection", "mean,copy_last").exit_code == 0
+    assert list(results()["experts"]) == ["copy_last", "mean"]

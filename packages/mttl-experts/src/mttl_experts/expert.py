@@ -88,6 +88,11 @@ class ExpertInfo:
             return (self.expert_task_name,)
         return self.expert_task_name
 
+    @property
+    def is_merge(self) -> bool:
+        """Whether it was merged from other experts."""
+        return (self.training_config or {}).get("kind") == "merge"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that ``from_dict`` turns back into an equal ExpertInfo; no unset fields."""
         data: dict[str, Any] = {"format": FORMAT}

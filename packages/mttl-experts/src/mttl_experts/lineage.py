@@ -226,7 +226,7 @@ class Known:
         return self._gone[node.name] if node.state == "removed" else None
 
     def _kind(self, info: ExpertInfo) -> Kind:
-        return "merge" if (info.training_config or {}).get("kind") == "merge" else "expert"
+        return "merge" if info.is_merge else "expert"
 
 
 def _parent_names(info: ExpertInfo) -> tuple[str, ...]:

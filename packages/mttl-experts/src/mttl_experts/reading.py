@@ -136,6 +136,11 @@ class LibraryReader:
         return {name: self.stored_info(name, item) for name, item in self._items().items()}
 
     @property
+    def unmerged(self) -> list[str]:
+        """Names of its experts that are not merges of others, sorted."""
+        return [name for name, info in self.infos().items() if not info.is_merge]
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """Names of all tasks that experts were trained on, sorted."""
         return tuple(sorted({task for info in self.infos().values() for task in info.tasks}))
@@ -143,6 +148,16 @@ class LibraryReader:
     def get_experts_for_task(self, task: str) -> list[Expert]:
         """Experts trained on a task of exactly this name, by name; there may be none."""
         return [expert for expert in self.values() if task in expert.expert_info.tasks]
+
+    def made_by(self, recipe_digest: str) -> Expert | None:
+        """The expert that a recipe made, among all of the library, shown or not; None without one.
+
+        The first by name, where several are the same.
+        """
+        for item, found in self._repository.items(EXPERTS).items():
+            if found.info.get("recipe_digest") == recipe_digest and WEIGHTS_FILE in found.files:
+                return self._expert(item.removeprefix(EXPERTS), found)
+        return None
 
     def digest(self, name: str) -> str:
         """Digest of an expert's weights and config, which is ``get_expert(name).digest``."""

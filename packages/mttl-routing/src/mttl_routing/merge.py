@@ -6,10 +6,10 @@ out is made an expert that PEFT reads.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -18,17 +18,17 @@ from torch import Tensor
 from mttl_experts import (
     Expert,
     ExpertInfo,
-    IncompatibleExpertError,
+    ExpertLibrary,
     LoraFactors,
     UnsupportedAdapterError,
     recipe_digest,
 )
 from mttl_routing.cohort import Experts, check_one_base, experts_of, factors_by_module
-from mttl_routing.merges import MERGES, LowRank, Merge, MergeRule, Update, bind
+from mttl_routing.merges import LowRank, MergeRule, Update
 from mttl_routing.merges.factoring import Factored, factored
+from mttl_routing.plan import Weights, plan_merge
 
 Progress = Callable[[str, int, int | None], object]
-Weights = Sequence[float] | Mapping[str, float]
 
 
 def merge(
@@ -48,7 +48,8 @@ def merge(
     Ranks, alphas, rsLoRA and per-module patterns may differ. A module that an expert leaves alone
     counts as ΔW zero there, and the report says so. The bytes of the result do not depend on the
     order of the experts. It records its parents, its recipe and a report under
-    ``expert_info.training_config``.
+    ``expert_info.training_config``. Where ``experts`` is a library that keeps the result of the
+    very same recipe, that one is given, and nothing is computed.
 
     Args:
         experts: a library, or any iterable of experts of one base model.
@@ -75,69 +76,49 @@ def merge(
         IncompatibleExpertError: experts of different bases, or of different shapes.
         UnsupportedAdapterError: an expert is more than ΔW (DoRA, bias, modules_to_save, ...).
     """
-    chosen = experts_of(experts)
-    kind, method_name = _method(method)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed is {seed!r}; it takes a whole number")
-    if kind.n_experts is not None and len(chosen) != kind.n_experts:
-        raise IncompatibleExpertError(
-            f"method {method_name!r} takes {kind.n_experts} experts, got {len(chosen)}; "
-            "'multislerp' takes any number"
-        )
-    rule, chosen_options, own_scale = bind(kind, method_name, options, seed, rank)
-    scale = _scale(own_scale if scale is None else scale)
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank is {rank!r}; it takes a whole number from 1, or None for all of it")
-    given_weights = _weights(kind, method_name, chosen, weights)
-    # By digest, so that no sum depends on the order in which the experts came.
-    weighted = sorted(
-        zip((expert.digest for expert in chosen), given_weights, chosen, strict=True),
-        key=lambda entry: (entry[0], entry[1], entry[2].name),
-    )
-    ordered = [expert for _, _, expert in weighted]
-    check_one_base(ordered)
+    plan = plan_merge(experts_of(experts), method, weights, rank, scale, seed, options)
+    if isinstance(experts, ExpertLibrary):
+        kept = experts.made_by(recipe_digest(plan.recipe))
+        if kept is not None:
+            return kept if name is None else _renamed(kept, name)
+    check_one_base(plan.experts)
 
     results: dict[str, Factored] = {}
     missing: dict[str, list[str]] = {}
-    table = factors_by_module(ordered)
+    table = factors_by_module(plan.experts)
     for module, column in table.items():
         updates = []
-        for (digest, weight, expert), factors in zip(weighted, column, strict=True):
+        for part, factors in zip(plan.parts, column, strict=True):
             if factors is None:
-                missing.setdefault(expert.name, []).append(module)
+                missing.setdefault(part.expert.name, []).append(module)
             else:
-                _check_finite(expert, module, factors)
-                updates.append(Update(factors, weight, f"{digest}/{module}"))
-        results[module] = factored(_scaled(rule(updates), scale), rank)
+                _check_finite(part.expert, module, factors)
+                updates.append(Update(factors, part.weight, f"{part.digest}/{module}"))
+        results[module] = factored(_scaled(plan.rule(updates), plan.scale), rank)
         if progress is not None:
             progress("", len(results), len(table))
 
-    recipe = {
-        "kind": "merge",
-        "format": 1,
-        "method": method_name,
-        "options": chosen_options,
-        "rank": rank,
-        "experts": [{"digest": digest, "weight": weight} for digest, weight, _ in weighted],
-    } | ({} if scale == 1.0 else {"scale": scale})
-    digest = recipe_digest(recipe)
-    infos = [expert.expert_info for expert in ordered]
-    parents = sorted({(expert.name, expert.digest) for expert in ordered})
+    infos = [expert.expert_info for expert in plan.experts]
+    parents = sorted({(part.expert.name, part.digest) for part in plan.parts})
     info = ExpertInfo(
-        expert_name=name if name is not None else f"{_short(method_name)}-{digest[:8]}",
+        expert_name=plan.name if name is None else name,
         expert_task_name=tuple(sorted({task for info in infos for task in info.tasks})) or None,
         parents=tuple(parent for parent, _ in parents),
         parent_digests=tuple(digest for _, digest in parents),
         expert_config=_peft_config(results, infos),
-        training_config=recipe
+        training_config=plan.recipe
         | {
             "report": _report(results, missing),
             "versions": {tool: version(tool) for tool in ("torch", "mttl-routing")},
         },
-        recipe_digest=digest,
+        recipe_digest=recipe_digest(plan.recipe),
         **{field: _common(infos, field) for field in _INHERITED},
     )
     return Expert(info, _peft_weights(results))
+
+
+def _renamed(expert: Expert, name: str) -> Expert:
+    return replace(expert, expert_info=replace(expert.expert_info, expert_name=name))
 
 
 # What the result has where all experts that know it agree.
@@ -159,62 +140,10 @@ def _common(infos: Sequence[ExpertInfo], field: str) -> Any:
     return values.pop() if len(values) == 1 else None
 
 
-def _method(method: str | MergeRule) -> tuple[Merge, str]:
-    if not isinstance(method, str):
-        if not callable(method):
-            raise TypeError(f"method is {method!r}; it takes a name or a function of updates")
-        where = type(method) if not hasattr(method, "__qualname__") else method
-        return Merge(method, paper=""), f"{where.__module__}:{where.__qualname__}"
-    if method not in MERGES:
-        raise ValueError(f"no merge method {method!r}; there are {', '.join(map(repr, MERGES))}")
-    return MERGES[method], method
-
-
-def _short(method: str) -> str:
-    """The last part of an import path, as names of experts go."""
-    return re.split(r"[:.]", method)[-1]
-
-
-def _scale(scale: float) -> float:
-    if isinstance(scale, bool) or not math.isfinite(scale):
-        raise ValueError(f"scale is {scale!r}; it takes a number")
-    return float(scale)
-
-
 def _scaled(update: LowRank | Tensor, scale: float) -> LowRank | Tensor:
     if scale == 1.0:
         return update
     return LowRank(update.a, update.b * scale) if isinstance(update, LowRank) else update * scale
-
-
-def _weights(
-    kind: Merge, method: str, experts: Sequence[Expert], weights: Weights | None
-) -> list[float]:
-    names = [expert.name for expert in experts]
-    if weights is None:
-        if kind.default_weight is None:
-            raise ValueError(f"method {method!r} needs weights, one number an expert")
-        return [kind.default_weight(len(experts))] * len(experts)
-    if not kind.takes_weights:
-        raise ValueError(f"method {method!r} takes no weights; method='weighted' does")
-    if isinstance(weights, Mapping):
-        if set(weights) != set(names) or len(set(names)) < len(names):
-            raise ValueError(
-                f"weights are given for {sorted(weights)!r}, the experts are {sorted(names)!r}; "
-                "give each expert one"
-            )
-        weights = [weights[name] for name in names]
-    if len(weights) != len(experts):
-        raise ValueError(f"got {len(weights)} weights for {len(experts)} experts; give each one")
-    for weight, name in zip(weights, names, strict=True):
-        if not math.isfinite(weight):
-            raise ValueError(f"the weight of expert {name!r} is {weight!r}; it takes a number")
-    if not kind.shares:
-        return [float(weight) for weight in weights]
-    total = math.fsum(weights)
-    if min(weights) < 0.0 or total <= 0.0:
-        raise ValueError(f"method {method!r} takes weights from zero up, got {list(weights)}")
-    return [float(weight) / total for weight in weights]
 
 
 def _check_finite(expert: Expert, module: str, factors: LoraFactors) -> None:
