@@ -186,5 +186,5 @@ def test_merges_in_the_library_are_left_out_unless_selected(library, evaluate, a
     outcome = evaluate("--merge", "uniform")
     assert "left out, being merges: mean" in outcome.output
     assert list(results()["experts"]) == ["copy_first", "copy_last"]
-    assert evaluate("--merge", "uniform", "--selection", "mean,copy_last").exit_code == 0
-    assert list(results()["experts"]) == ["copy_last", "mean"]
+    assert evaluate("--merge", "uniform", "--selection", "mean,copy_first,copy_last").exit_code == 0
+    assert list(results()["experts"]) == ["copy_first", "copy_last", "mean"]
