@@ -11,16 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given as each
+from hypothesis import settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from peft.utils.merge_utils import ties as peft_ties
 from torch import Tensor
 
 from mttl_experts import Expert, lora_modules
 from mttl_routing import MERGES, merge
+from mttl_routing.merges.breadcrumbs import masked
 from mttl_routing.merges.della import chances
+from mttl_routing.merges.spherical import average_point
 
 WHOLE = {"scale": 1.0}
 """Without a factor λ, under which no merge of one could be itself."""
+
+UNTHINNED = {"density": 1.0, "ties_density": 1.0}
 
 # What a merge of one, or of equals, is; how it goes with the experts' size; and whether the way in
 # which ΔW is split into A and B counts. Options under which a law holds, or why it does not.
@@ -100,7 +107,8 @@ def slow_dare_linear(given: list[Given]) -> Tensor:
 
 
 def slow_dare_ties(given: list[Given]) -> Tensor:
-    return slow_agreement(slow_dropped(given), [g.weight for g in given])
+    dropped = slow_dropped(given)
+    return slow_ties([replace(g, delta=d) for g, d in zip(given, dropped, strict=True)])
 
 
 def slow_della(given: list[Given], density: float = 0.7, epsilon: float = 0.07) -> Tensor:
@@ -117,14 +125,15 @@ def slow_della(given: list[Given], density: float = 0.7, epsilon: float = 0.07) 
     return slow_agreement(thinned, [g.weight for g in given])
 
 
-def slow_breadcrumbs(given: list[Given], density: float = 0.15, gamma: float = 0.01) -> Tensor:
+def slow_breadcrumbs(given: list[Given], density: float = 0.15, gamma: float = 0.006) -> Tensor:
+    """Place by place, from the largest entry down."""
     total = torch.zeros_like(given[0].delta)
     for g in given:
-        falling = sorted(g.delta.abs().flatten().tolist(), reverse=True)
-        outliers = round(gamma * len(falling))
-        inside = falling[outliers : outliers + max(1, round(density * len(falling)))]
-        size = g.delta.abs()
-        total += g.weight * g.delta * ((size >= inside[-1]) & (size <= inside[0]))
+        places = list(itertools.product(*map(range, g.delta.shape)))
+        places.sort(key=lambda place, delta=g.delta: -abs(float(delta[place])))
+        outliers = round(gamma * len(places))
+        for place in places[outliers : outliers + round(density * len(places))]:
+            total[place] += g.weight * g.delta[place]
     return 0.4 * total
 
 
@@ -140,22 +149,36 @@ def slow_linear_factors(given: list[Given]) -> Tensor:
 def slow_slerp(given: list[Given]) -> Tensor:
     if len(given) == 1:
         return given[0].weight * given[0].delta
-    (one, other), (t, _) = [g.delta for g in given], [g.weight for g in given[::-1]]
-    angle = torch.arccos((one * other).sum() / (one.norm() * other.norm()))
-    return (((1 - t) * angle).sin() * one + (t * angle).sin() * other) / angle.sin()
+    (one, other), t = (g.delta / g.delta.norm() for g in given), given[1].weight
+    angle = torch.arccos((one * other).sum())
+    direction = (((1 - t) * angle).sin() * one + (t * angle).sin() * other) / angle.sin()
+    return direction * sum(g.weight * g.delta.norm() for g in given)
 
 
 def slow_multislerp(given: list[Given]) -> Tensor:
-    """With the step in the tangent space that turns out to be zero."""
-    flat = torch.stack([g.delta.flatten() for g in given])
-    weights = torch.tensor([g.weight for g in given], dtype=torch.float64)[:, None]
-    norms = flat.norm(dim=1, keepdim=True)
-    units = flat / norms
-    mean = (weights * units).sum(0) / (weights * units).sum(0).norm()
-    tangent = (weights * (units - (units @ mean)[:, None] * mean)).sum(0)
-    step = tangent.norm() + 1e-8
-    point = mean * step.cos() + tangent * step.sin() / step
-    return (point * (weights * norms).sum()).reshape(given[0].delta.shape)
+    """By what it is: the least sum of squared distances along the sphere, found by L-BFGS."""
+    if len(given) == 1:
+        return given[0].weight * given[0].delta
+    points = torch.stack([g.delta.flatten() / g.delta.norm() for g in given])
+    shares = torch.tensor([g.weight for g in given], dtype=torch.float64)
+    place = points.mean(0).clone().requires_grad_()
+    search = torch.optim.LBFGS(
+        [place],
+        max_iter=500,
+        tolerance_grad=1e-13,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        found: Tensor = (shares * torch.arccos(points @ place / place.norm()).square()).sum()
+        found.backward()
+        return found
+
+    search.step(loss)
+    length = sum(g.weight * g.delta.norm() for g in given)
+    return (place / place.norm() * length).detach().reshape(given[0].delta.shape)
 
 
 def slow_rank(sigma: Tensor) -> int:
@@ -264,7 +287,7 @@ CASES: dict[str, Case] = {
     "dare_ties": Case(
         slow_dare_ties,
         # Equal experts are thinned alike, as they have one digest, and so do not become themselves.
-        {ONE: {"density": 1.0}, EQUAL: {"density": 1.0}, SIZE: DIGEST, SPLIT: DIGEST},
+        {ONE: UNTHINNED, EQUAL: UNTHINNED, SIZE: DIGEST, SPLIT: DIGEST},
     ),
     "della": Case(
         slow_della,
@@ -561,10 +584,14 @@ def test_ties_is_that_of_peft_on_small_and_zero_heavy_updates(make_expert, zeros
         ({"method": "dare_ties", "seed": 0.5}, "seed is 0.5"),
         ({"method": "dare_linear", "density": 1.5}, "density is 1.5"),
         ({"method": "della", "epsilon": 0.5}, "epsilon is 0.5 with density 0.7"),
-        ({"method": "breadcrumbs", "gamma": 1.0}, "gamma is 1.0"),
+        ({"method": "breadcrumbs", "gamma": 0.9}, "gamma is 0.9 with density 0.15; both are"),
+        ({"method": "dare_ties", "ties_density": 0.0}, "ties_density is 0.0"),
         ({"method": "slerp", "weights": [1, -1]}, "'slerp' takes weights from zero up"),
         ({"method": "multislerp", "weights": [0, 0]}, "'multislerp' takes weights from zero up"),
-        ({"method": "core", "inside": "della"}, "'core' takes inside='tsv', 'iso'.*got 'della'"),
+        (
+            {"method": "core", "inside": "della"},
+            "'core' takes inside='tsv', 'iso', .*got 'della'",
+        ),
         ({"method": "core", "density": 0.5}, "'core' with 'tsv' inside takes no density"),
         ({"method": "ties", "inside": "tsv"}, "'ties' takes no inside"),
         ({"method": "compress_then_merge", "beta": 2.0}, "beta is 2.0"),
@@ -608,7 +635,8 @@ def test_the_share_asked_for_is_kept_and_the_mean_stays(make_expert):
     """Over the draws: 32·32 entries, 4 standard deviations."""
     expert = make_expert("e1", layers=(0,), targets=("q_proj",))
     (delta,) = deltas_of(expert).values()
-    (found,) = deltas_of(merge([expert], "dare_ties", density=0.25)).values()
+    merged = merge([expert], "dare_ties", density=0.25, ties_density=1.0)
+    (found,) = deltas_of(merged).values()
     stayed = found != 0
     assert abs(float(stayed.double().mean()) - 0.25) < 4 * (0.25 * 0.75 / 1024) ** 0.5
     torch.testing.assert_close(found[stayed], delta[stayed] * 4, rtol=1e-5, atol=1e-6)
@@ -650,21 +678,74 @@ def test_factors_apart_are_not_the_mean(make_expert):
     assert all(float((found[m] - mean[m]).norm() / mean[m].norm()) > 0.5 for m in mean)
 
 
-def test_slerp_ends_at_each_expert_and_keeps_the_length_between_equals(make_expert):
+def test_slerp_goes_from_one_expert_to_the_other_and_so_does_its_length(make_expert):
     one, other = (make_expert(f"e{n}", layers=(0,), targets=("q_proj",)) for n in range(2))
     (first,), (second,) = deltas_of(one).values(), deltas_of(other).values()
-    other = scaled(other, float(first.norm() / second.norm()))
     for weights, expected in (([1, 0], one), ([0, 2], other)):
         same(deltas_of(merge([one, other], "slerp", weights=weights)), deltas_of(expected), 1e-5)
     (between,) = deltas_of(merge([one, other], "slerp", weights=[3, 1])).values()
-    assert float(between.norm()) == pytest.approx(float(first.norm()), rel=1e-5)
+    length = 0.75 * float(first.norm()) + 0.25 * float(second.norm())
+    assert float(between.norm()) == pytest.approx(length, rel=1e-5)
+
+    def angle(a: Tensor, b: Tensor) -> float:
+        return float(torch.arccos((a * b).sum() / a.norm() / b.norm()))
+
+    assert angle(first, between) == pytest.approx(angle(first, second) / 4, rel=1e-5)
+    assert angle(between, second) == pytest.approx(angle(first, second) * 3 / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["slerp", "multislerp"])
-def test_opposites_are_interpolated_in_a_line(make_expert, method):
+def test_between_updates_of_one_direction_the_weighted_mean_is_the_limit(make_expert, method):
     expert = make_expert("e")
-    for delta in deltas_of(merge([expert, scaled(expert, -1.0)], method)).values():
-        assert float(delta.abs().max()) < 1e-6
+    for near in (0.0, 1e-6, 1e-3):
+        aside = {
+            key: value + near * (value.flip(0) if "lora_B" in key else 0.0)
+            for key, value in expert.expert_weights.items()
+        }
+        other = scaled(Expert(expert.expert_info, aside), 3.0)
+        found = deltas_of(merge([expert, other], method, weights=[1, 3]))
+        mean = deltas_of(merge([expert, other], "weighted", weights=[0.25, 0.75]))
+        same(found, mean, 1e-6 + near)
+
+
+def test_the_spherical_average_of_two_is_slerp(mixed_experts):
+    for weights in ([1, 1], [5, 1], [0, 1]):
+        two = [merge(mixed_experts[:2], m, weights=weights) for m in ("slerp", "multislerp")]
+        same(*map(deltas_of, two), 1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@each(sizes=st.lists(st.floats(0.1, 10.0), min_size=2, max_size=12), seed=st.integers(0, 99))
+def test_the_pulls_towards_the_directions_cancel_at_their_average(sizes, seed):
+    """The one critical point that Buss and Fillmore's theorem 1 proves, in vectors of any size."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.rand(len(sizes), 7, generator=generator, dtype=torch.float64)  # one orthant
+    points = points / points.norm(dim=1, keepdim=True)
+    shares = torch.tensor(sizes, dtype=torch.float64)
+    shares = shares / shares.sum()
+    average = average_point(points @ points.T, shares) @ points
+    assert float(average.norm()) == pytest.approx(1.0, abs=1e-9)
+    cosines = points @ average
+    angles = torch.arccos(cosines.clamp(max=1.0))
+    pulls = (points - cosines[:, None] * average) * (angles / angles.sin())[:, None]
+    assert float((shares @ pulls.nan_to_num()).norm()) < 1e-7
+
+
+def test_a_direction_counts_once_however_long_its_update(make_expert):
+    """The lengths, and they alone, go into the length of the result."""
+    experts = [make_expert(f"e{n}", layers=(0,), targets=("q_proj",)) for n in range(3)]
+    (one,) = deltas_of(merge(experts, "multislerp")).values()
+    (other,) = deltas_of(merge([scaled(experts[0], 4.0), *experts[1:]], "multislerp")).values()
+    torch.testing.assert_close(one / one.norm(), other / other.norm(), rtol=1e-5, atol=1e-6)
+    lengths = [float(d.norm()) for e in experts for d in deltas_of(e).values()]
+    assert float(other.norm() - one.norm()) == pytest.approx(lengths[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["slerp", "multislerp"])
+def test_opposites_are_refused_with_their_module(make_expert, method):
+    expert = make_expert("e")
+    with pytest.raises(ValueError, match="(are opposite|cancel out) in module '.*_proj'"):
+        merge([expert, scaled(expert, -1.0)], method)
 
 
 def test_directions_that_cancel_out_are_refused_with_their_module(make_expert):
@@ -678,6 +759,26 @@ def test_weights_on_a_sphere_are_shares(make_expert):
     experts = [make_expert(f"e{n}") for n in range(3)]
     one, two = (merge(experts, "multislerp", weights=w) for w in ([1, 2, 1], [2, 4, 2]))
     assert one.digest == two.digest
+
+
+def test_breadcrumbs_keeps_the_middle_and_all_of_equals():
+    delta = torch.tensor([[9.0, -8.0, 7.0, 6.0, -5.0], [4.0, 3.0, -2.0, 1.0, 0.0]])
+    expected = torch.tensor([[0.0, -8.0, 7.0, 6.0, 0.0], [0.0] * 5])
+    assert torch.equal(masked(delta, 0.3, 0.1), expected)
+    assert torch.equal(masked(delta, 0.9, 0.1), delta.where(delta != 9.0, 0.0))
+    assert torch.equal(masked(delta, 1.0, 0.0), delta)
+    level = torch.ones(4, 4)
+    assert torch.equal(masked(level, 0.25, 0.25), level)
+
+
+def test_ties_trims_what_dare_left(make_expert):
+    expert = make_expert("e1", layers=(0,), targets=("q_proj",))
+    shares = {}
+    for share in (1.0, 0.1):
+        merged = merge([expert], "dare_ties", density=0.25, ties_density=share)
+        shares[share] = float((next(iter(deltas_of(merged).values())) != 0).double().mean())
+    assert shares[0.1] == pytest.approx(0.1, abs=1 / 1024)
+    assert shares[1.0] > 0.2
 
 
 def test_more_experts_than_columns_keep_one_triple_each(make_expert):

@@ -72,7 +72,7 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
             takes_weights=False,
         ),
         "weighted": Merge(linear, "https://arxiv.org/abs/2203.05482", default_weight=None),
-        # 0.4 is what its authors advise where no validation data chooses it.
+        # The paper chooses λ by validation; without it a sum of many experts needs one below 1.
         "task_arithmetic": Merge(linear, "https://arxiv.org/abs/2212.04089", scale=0.4),
         "ties": Merge(
             ties, "https://arxiv.org/abs/2306.01708", options=MappingProxyType({"density": 0.2})
@@ -87,7 +87,7 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
         "dare_ties": Merge(
             dare_ties,
             "https://arxiv.org/abs/2311.03099",
-            options=MappingProxyType({"density": 0.5}),
+            options=MappingProxyType({"density": 0.5, "ties_density": 0.2}),
             draws=True,
         ),
         "della": Merge(
@@ -100,7 +100,7 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
             breadcrumbs,
             "https://arxiv.org/abs/2312.06795",
             scale=0.4,  # as for task arithmetic, which it is but for the masks
-            options=MappingProxyType({"density": 0.15, "gamma": 0.01}),
+            options=MappingProxyType({"density": 0.15, "gamma": 0.006}),
         ),
         "sparse_uniform": Merge(
             sparse_uniform,
@@ -119,7 +119,7 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
         ),
         "multislerp": Merge(
             multislerp,
-            "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+            "https://doi.org/10.1145/502122.502124",
             default_weight=_mean,
             shares=True,
         ),

@@ -1,4 +1,4 @@
-"""Model Breadcrumbs (https://arxiv.org/abs/2312.06795): leave out the outliers and the small."""
+"""Model Breadcrumbs (https://arxiv.org/abs/2312.06795): keep neither outliers nor small entries."""
 
 from __future__ import annotations
 
@@ -11,38 +11,43 @@ from torch import Tensor
 from mttl_routing.merges.rule import Update, check_share
 
 
-def without_extremes(delta: Tensor, density: float, gamma: float) -> Tensor:
-    """``delta`` without its ``gamma`` share of largest entries and without the smallest.
+def masked(delta: Tensor, density: float, gamma: float) -> Tensor:
+    """``delta`` with its largest entries set to zero, and all but the next largest ones.
 
-    Entries as large as the largest kept, or as small as the smallest kept, are kept too, so that
-    nothing depends on their order.
+    In falling order of magnitude the first ``gamma`` share goes, the next ``density`` share stays
+    and the rest goes. Entries as large as the first or the last of those that stay do so too, so
+    nothing depends on the order of equals.
     """
-    count = delta.numel()
-    outliers = min(round(gamma * count), count - 1)
-    keep = max(1, min(round(density * count), count - outliers))
-    magnitude = delta.abs()
-    places = (count - outliers - keep, count - outliers - 1)  # of the least and the most kept
-    rising = np.partition(magnitude.flatten().numpy(), places)
-    least, most = (float(rising[place]) for place in places)
-    return torch.where((magnitude >= least) & (magnitude <= most), delta, 0.0)
+    size = delta.abs()
+    outliers = round(gamma * size.numel())
+    stay = min(max(1, round(density * size.numel())), size.numel() - outliers)
+    largest = size.numel() - outliers - 1  # its place in rising order
+    least = largest - stay + 1
+    rising = np.partition(size.flatten().numpy(), (least, largest))
+    inside = (size >= float(rising[least])) & (size <= float(rising[largest]))
+    return torch.where(inside, delta, 0.0)
 
 
-def breadcrumbs(updates: Sequence[Update], *, density: float = 0.15, gamma: float = 0.01) -> Tensor:
-    """Weighted sum of masked updates, (o, i) float32.
+def breadcrumbs(
+    updates: Sequence[Update], *, density: float = 0.15, gamma: float = 0.006
+) -> Tensor:
+    """Weighted sum of the masked updates, (o, i) float32.
 
-    The masks are layer by layer, as in the paper: they zero a share of the largest entries,
-    and of the smallest. Here, as in mergekit, the share between them is given. The paper's factor
-    is the merge's ``scale``.
+    The paper masks each layer of each task vector apart, and so does this; the authors' code does
+    it in each row. The defaults are where their search of both shares starts. Their factor is
+    the merge's ``scale``.
 
     Args:
         updates: of one module.
         density: share of entries kept, in (0, 1].
-        gamma: share of largest entries left out, in [0, 1).
+        gamma: share of largest entries left out, from 0; with ``density`` it is 1 at most.
     """
     check_share("density", density)
-    if not 0.0 <= gamma < 1.0:
-        raise ValueError(f"gamma is {gamma!r}; it takes a share in [0, 1), such as 0.01")
+    if not 0.0 <= gamma < 1.0 or density + gamma > 1.0:
+        raise ValueError(
+            f"gamma is {gamma!r} with density {density!r}; both are shares, of 1 together at most"
+        )
     merged = torch.zeros(updates[0].shape)
     for update in updates:
-        merged.add_(without_extremes(update.dense(), density, gamma), alpha=update.weight)
+        merged.add_(masked(update.dense(), density, gamma), alpha=update.weight)
     return merged

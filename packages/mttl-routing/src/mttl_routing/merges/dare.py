@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mttl_routing.merges.drawing import kept
 from mttl_routing.merges.rule import Update, check_share
-from mttl_routing.merges.ties import agreement
+from mttl_routing.merges.ties import agreement, trimmed
 
 
 def dropped(update: Update, density: float, seed: int) -> Tensor:
@@ -39,15 +39,25 @@ def dare_linear(updates: Sequence[Update], *, density: float = 0.5, seed: int = 
     return merged
 
 
-def dare_ties(updates: Sequence[Update], *, density: float = 0.5, seed: int = 0) -> Tensor:
-    """Mean of what agrees in sign after DARE, (o, i) float32.
+def dare_ties(
+    updates: Sequence[Update], *, density: float = 0.5, ties_density: float = 0.2, seed: int = 0
+) -> Tensor:
+    """TIES of the updates after DARE, (o, i) float32.
 
-    TIES without its trimming, as PEFT and mergekit have it: DARE has thinned the updates already.
+    The whole of TIES, its trimming included, as the paper's authors have it
+    (https://github.com/yule-BUAA/MergeLM/issues/38). The share trimmed to is of all entries, so
+    where DARE keeps fewer than that nothing more is trimmed.
 
     Args:
         updates: with weights above zero.
-        density: share of entries kept, in (0, 1].
+        density: share of entries that DARE keeps, in (0, 1].
+        ties_density: share of entries that TIES keeps, in (0, 1].
         seed: of the draws.
     """
     check_share("density", density)
-    return agreement(updates, "dare_ties", lambda update: dropped(update, density, seed))
+    check_share("ties_density", ties_density)
+
+    def thinned(update: Update) -> Tensor:
+        return trimmed(dropped(update, density, seed), ties_density)
+
+    return agreement(updates, "dare_ties", thinned)
