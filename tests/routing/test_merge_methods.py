@@ -208,6 +208,22 @@ def slow_iso(given: list[Given]) -> Tensor:
     return u[:, :rank] @ vh[:rank] * sigma[:rank].mean()
 
 
+def slow_iso_cts(given: list[Given], common: float = 0.8) -> Tensor:
+    u, sigma, vh = torch.linalg.svd(slow_sum(given), full_matrices=False)
+    rank = slow_rank(sigma)
+    each = round((rank - int(common * rank)) / len(given))
+    first = rank - each * len(given)
+    u, sigma, vh = u[:, :first], sigma[:first], vh[:first]
+    lefts, sigmas, rights = [u], [sigma], [vh.T]
+    outside = torch.eye(len(u)) - u @ u.T
+    for g in given:
+        own = torch.linalg.svd(outside @ (g.weight * g.delta), full_matrices=False)
+        lefts, sigmas = [*lefts, own.U[:, :each]], [*sigmas, own.S[:each]]
+        rights.append(own.Vh[:each].T)
+    u, v = slow_orthonormal(torch.cat(lefts, 1)), slow_orthonormal(torch.cat(rights, 1))
+    return u @ v.T * torch.cat(sigmas).mean()
+
+
 def slow_core_tsv(given: list[Given]) -> Tensor:
     """On the cores, as the paper has it."""
     u = torch.linalg.svd(torch.cat([g.b for g in given], 1), full_matrices=False).U
@@ -312,6 +328,11 @@ CASES: dict[str, Case] = {
     "tsv": Case(slow_tsv, {ONE: {}, EQUAL: {}, SIZE: {}, SPLIT: {}}),
     "iso": Case(
         slow_iso,
+        {ONE: "it levels the singular values", EQUAL: "it levels the singular values"}
+        | {SIZE: {}, SPLIT: {}},
+    ),
+    "iso_cts": Case(
+        slow_iso_cts,
         {ONE: "it levels the singular values", EQUAL: "it levels the singular values"}
         | {SIZE: {}, SPLIT: {}},
     ),
@@ -586,6 +607,7 @@ def test_ties_is_that_of_peft_on_small_and_zero_heavy_updates(make_expert, zeros
         ({"method": "della", "epsilon": 0.5}, "epsilon is 0.5 with density 0.7"),
         ({"method": "breadcrumbs", "gamma": 0.9}, "gamma is 0.9 with density 0.15; both are"),
         ({"method": "dare_ties", "ties_density": 0.0}, "ties_density is 0.0"),
+        ({"method": "iso_cts", "common": 1.5}, "common is 1.5"),
         ({"method": "slerp", "weights": [1, -1]}, "'slerp' takes weights from zero up"),
         ({"method": "multislerp", "weights": [0, 0]}, "'multislerp' takes weights from zero up"),
         (
@@ -781,6 +803,11 @@ def test_ties_trims_what_dare_left(make_expert):
     assert shares[1.0] > 0.2
 
 
+def test_with_all_in_common_iso_cts_is_iso_c(mixed_experts):
+    found = merge(mixed_experts, "iso_cts", common=1.0)
+    same(deltas_of(found), deltas_of(merge(mixed_experts, "iso")), 1e-5)
+
+
 def test_more_experts_than_columns_keep_one_triple_each(make_expert):
     experts = [make_expert(f"e{n}", rank=2, layers=(0,), targets=("v_proj",)) for n in range(20)]
     merged = merge(experts, "tsv")
@@ -794,7 +821,7 @@ def test_all_singular_values_are_one(mixed_experts):
         torch.testing.assert_close(sigma, sigma[0].expand_as(sigma), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("inside", ["tsv", "iso", "task_arithmetic"])
+@pytest.mark.parametrize("inside", ["tsv", "iso", "iso_cts", "task_arithmetic"])
 def test_core_space_loses_nothing(make_expert, inside):
     """Rules that do not look at single entries give inside what they give outside."""
     experts = [make_expert(f"e{n}", alpha=2 + n) for n in range(3)]

@@ -17,7 +17,7 @@ from mttl_routing.merges.della import della
 from mttl_routing.merges.linear import linear, linear_factors, sparse_uniform
 from mttl_routing.merges.pico import pico
 from mttl_routing.merges.rule import LowRank, MergeRule, Update
-from mttl_routing.merges.singular import iso, tsv
+from mttl_routing.merges.singular import iso, iso_cts, tsv
 from mttl_routing.merges.spaces import core, knots
 from mttl_routing.merges.spherical import multislerp, slerp
 from mttl_routing.merges.ties import ties
@@ -125,10 +125,15 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
         ),
         "tsv": Merge(tsv, "https://arxiv.org/abs/2412.00081"),
         "iso": Merge(iso, "https://arxiv.org/abs/2502.04959"),
+        "iso_cts": Merge(
+            iso_cts,
+            "https://arxiv.org/abs/2502.04959",
+            options=MappingProxyType({"common": 0.8}),
+        ),
         "core": Merge(
             core,
             "https://arxiv.org/abs/2509.17786",
-            inside=("tsv", "iso", "ties", "task_arithmetic"),
+            inside=("tsv", "iso", "iso_cts", "ties", "task_arithmetic"),
         ),
         "knots": Merge(
             knots,

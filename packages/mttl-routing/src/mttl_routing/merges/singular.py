@@ -1,4 +1,4 @@
-"""Merges by singular vectors: TSV-M and Iso-C, from the experts' factors and never from ΔW."""
+"""Merges by singular vectors, from the experts' factors and never from ΔW: TSV-M and Iso."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mttl_experts import SpectralForm, spectral_form
 from mttl_routing.merges.linear import linear
-from mttl_routing.merges.rule import LowRank, Update
+from mttl_routing.merges.rule import LowRank, Update, check_share
 
 _EPSILON = float(torch.finfo(torch.float32).eps)
 
@@ -31,6 +31,14 @@ def nearest_orthonormal(columns: Tensor) -> Tensor:
     rank = rank_of(sigma, (columns.shape[0], columns.shape[1]))
     orthonormal: Tensor = p[:, :rank] @ qh[:rank]
     return orthonormal
+
+
+def precise_form(a: Tensor, b: Tensor) -> SpectralForm:
+    """Singular value decomposition of ``b @ a`` in float64, for what is decomposed once more."""
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    q_b, r_b = torch.linalg.qr(b.double())
+    u, sigma, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return SpectralForm(q_b @ u, sigma, q_a @ vh.T)
 
 
 def tsv(updates: Sequence[Update]) -> LowRank:
@@ -66,3 +74,41 @@ def iso(updates: Sequence[Update]) -> LowRank:
     u, sigma, v = spectral_form(total.a, total.b)
     rank = rank_of(sigma, updates[0].shape)
     return LowRank(a=v[:, :rank].T.contiguous(), b=u[:, :rank] * sigma[:rank].mean())
+
+
+def iso_cts(updates: Sequence[Update], *, common: float = 0.8) -> LowRank:
+    """Isotropic merge in common and task-specific subspaces, Iso-CTS.
+
+    The paper of :func:`iso` (https://arxiv.org/abs/2502.04959). The first singular triples of the
+    sum span what is common; each expert adds, of what its update has outside the common left
+    vectors, as many first triples as any other. All left vectors are made orthonormal together, and
+    all right ones, and each triple gets the mean of all their singular values.
+
+    With r for the rank of the sum (min(o, i) in the paper) and T experts that adapt the module, an
+    expert adds (1 - common) r / T triples, rounded as in the authors' code, so that with many
+    experts it may be none, which is Iso-C. The rest of the r is common.
+
+    Args:
+        updates: of one module.
+        common: share of the triples that are common, in (0, 1]; .8 in the paper.
+    """
+    check_share("common", common)
+    total = linear(updates)
+    u, sigma, v = precise_form(total.a, total.b)
+    rank = rank_of(sigma, updates[0].shape)
+    each = round((rank - int(common * rank)) / len(updates))
+    first = max(0, rank - each * len(updates))
+    forms = [SpectralForm(u[:, :first], sigma[:first], v[:, :first])]
+    for update in updates if each else ():
+        b = update.scaled_b.double() * update.weight
+        outside = b - forms[0].u @ (forms[0].u.T @ b)
+        own = precise_form(update.factors.a, outside)
+        # By the length of the whole update: one inside the common subspace has rounding outside.
+        least = LowRank(update.factors.a, b).norm() * _EPSILON * max(update.shape)
+        k = min(each, int((own.sigma > least).sum()))
+        forms.append(SpectralForm(own.u[:, :k], own.sigma[:k], own.v[:, :k]))
+    left = nearest_orthonormal(torch.cat([form.u for form in forms], dim=1))
+    right = nearest_orthonormal(torch.cat([form.v for form in forms], dim=1))
+    sigmas = torch.cat([form.sigma for form in forms])
+    level = float(sigmas.mean()) if len(sigmas) else 0.0
+    return LowRank(a=right.T.float(), b=(left * level).float())
