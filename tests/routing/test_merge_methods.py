@@ -872,6 +872,28 @@ def columns(experts: list[Expert]) -> dict[str, list[Any]]:
     return {m: [t[m] for t in tables if m in t] for m in set().union(*tables)}
 
 
+@pytest.mark.parametrize("rank", [None, 1, 3])
+def test_what_compression_loses_of_the_experts_is_reported(mixed_experts, rank):
+    """Whatever merges the coordinates; in a sum of generic ones both subspaces show."""
+    merged, other = (
+        merge(mixed_experts, "compress_then_merge", inside=inside, rank=rank, scale=2.0)
+        for inside in ("task_arithmetic", "ties")
+    )
+    report = merged.expert_info.training_config["report"]
+    assert other.expert_info.training_config["report"] == report
+    for module, column in columns(mixed_experts).items():
+        deltas = [f.scaling * f.b.double() @ f.a.double() for f in column]
+        factors, entry = lora_modules(merged)[module], report["modules"][module]
+        u, v = torch.linalg.qr(factors.b.double()).Q, torch.linalg.qr(factors.a.double().T).Q
+        inside_energy = float(sum((u.T @ d @ v).square().sum() for d in deltas))
+        energy = float(sum(d.square().sum() for d in deltas))
+        assert entry["energy"] == pytest.approx(energy, rel=1e-5)
+        assert entry["energy_lost"] == pytest.approx(energy - inside_energy, abs=1e-5 * energy)
+    lost = sum(entry["energy_lost"] for entry in report["modules"].values())
+    total = sum(entry["energy"] for entry in report["modules"].values())
+    assert report["energy_kept"] == pytest.approx(1 - lost / total)
+
+
 def test_subspaces_of_full_rank_lose_nothing(make_expert):
     experts = [make_expert(f"e{n}", rank=2) for n in range(3)]
     merged = merge(experts, "compress_then_merge", inside="task_arithmetic", rank=6)

@@ -143,7 +143,7 @@ def _common(infos: Sequence[ExpertInfo], field: str) -> Any:
 def _scaled(update: LowRank | Tensor, scale: float) -> LowRank | Tensor:
     if scale == 1.0:
         return update
-    return LowRank(update.a, update.b * scale) if isinstance(update, LowRank) else update * scale
+    return update._replace(b=update.b * scale) if isinstance(update, LowRank) else update * scale
 
 
 def _check_finite(expert: Expert, module: str, factors: LoraFactors) -> None:

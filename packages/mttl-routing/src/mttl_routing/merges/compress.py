@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mttl_routing.merges.rule import LowRank, MergeRule, Update
+from mttl_routing.merges.rule import Cut, LowRank, MergeRule, Update
 from mttl_routing.merges.spaces import bases, lifted, projected
 
 _MOST_ROUNDS = 1000
@@ -55,6 +55,7 @@ def compress_then_merge(
     The subspaces are those of a Tucker-2 decomposition of the updates, each scaled to the length
     β‖ΔW‖ + (1-β)·mean so that no expert is drowned; the coordinates are of the updates as they are.
     Found in Core Space, where nothing is lost. β is 0 if not given, as in the authors' code.
+    What the subspaces leave out of the updates is the result's ``cut``.
 
     Args:
         updates: of one module.
@@ -80,4 +81,7 @@ def compress_then_merge(
         ]
         left, right = shared_subspaces(scaled, min(asked, u.shape[1], v.shape[1]))
         u, v = u @ left, v @ right
-    return lifted(inside([projected(update, u, v) for update in updates]), u, v)
+    compressed = [projected(update, u, v) for update in updates]
+    before = sum(norm * norm for norm in norms)
+    after = sum(LowRank(update.factors.a, update.scaled_b).energy() for update in compressed)
+    return lifted(inside(compressed), u, v)._replace(cut=Cut(before, max(0.0, before - after)))

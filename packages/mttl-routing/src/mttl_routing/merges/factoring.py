@@ -17,7 +17,8 @@ class Factored(NamedTuple):
     Attributes:
         a: (r, i) float32.
         b: (o, r) float32.
-        energy: squared Frobenius norm of the whole update; None where no rank was asked for.
+        energy: squared Frobenius norm of the whole update, or of all experts' updates where they
+            were cut before the merge; None where nothing was cut.
         energy_lost: the part of it that was cut away.
     """
 
@@ -48,7 +49,8 @@ def factored(update: LowRank | Tensor, rank: int | None = None) -> Factored:
         if update.a.shape[0] == 0:  # nothing at all, but a LoRA has one row
             update = LowRank(torch.zeros(1, shape[1]), torch.zeros(shape[0], 1))
         if update.a.shape[0] <= min(*shape, rank or min(shape)):
-            return Factored(update.a, update.b, None if rank is None else update.energy())
+            energy = None if rank is None else update.energy()
+            return Factored(update.a, update.b, *(update.cut or (energy, 0.0)))
         if rank is not None and update.a.shape[0] < min(shape):
             return _cut(*spectral_form(update.a, update.b), rank)
         update = update.b @ update.a

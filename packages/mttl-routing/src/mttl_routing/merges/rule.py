@@ -46,11 +46,22 @@ class Update:
         return self.scaled_b @ self.factors.a.float()
 
 
+class Cut(NamedTuple):
+    """Squared Frobenius norms: of what there was, and of what was lost when its rank was cut."""
+
+    energy: float
+    lost: float
+
+
 class LowRank(NamedTuple):
-    """A merged update as ``b @ a``: a (r, i), b (o, r), float32."""
+    """A merged update as ``b @ a``: a (r, i), b (o, r), float32.
+
+    ``cut`` says what a rule lost that cuts the updates to a rank before it merges them.
+    """
 
     a: Tensor
     b: Tensor
+    cut: Cut | None = None
 
     def energy(self) -> float:
         """‖b a‖² = tr((a aᵀ)(bᵀ b)), without forming ``b @ a``."""
