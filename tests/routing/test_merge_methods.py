@@ -18,7 +18,7 @@ from peft import PeftModel
 from peft.utils.merge_utils import ties as peft_ties
 from torch import Tensor
 
-from mttl_experts import Expert, lora_modules
+from mttl_experts import Expert, ExpertInfo, lora_modules
 from mttl_routing import MERGES, merge
 from mttl_routing.merges.breadcrumbs import masked
 from mttl_routing.merges.della import chances
@@ -531,6 +531,38 @@ def test_the_bytes_are_the_same_on_two_runs_and_on_shuffled_input(some, method, 
             )
         )
     assert len(found) == 1
+
+
+@pytest.fixture(scope="module")
+def larger() -> list[Expert]:
+    """Of a module that is large enough for products of matrices to be shared among threads.
+
+    They have a part in common, so that what goes on until it changes no more is soon there.
+    """
+    generator, experts = torch.Generator().manual_seed(0), []
+    common = [torch.randn(size, generator=generator) for size in ((8, 256), (192, 8))]
+    for n in range(4):
+        a, b = (part + 0.7 * torch.randn(part.shape, generator=generator) for part in common)
+        key = "base_model.model.up_proj.lora_{}.weight"
+        config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["up_proj"]}
+        info = ExpertInfo(f"e{n}", expert_config=config, expert_model="m")
+        experts.append(Expert(info, {key.format("A"): a, key.format("B"): b}))
+    return experts
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_thread_and_two_agree_within_the_stated_tolerance(larger, method):
+    experts, before = larger[: CASES[method].n_experts], torch.get_num_threads()
+    options = {"steps": 20} if method == "wudi" else {}  # threads wait for each other in each
+    merged = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            merged.append(deltas_of(do_merge(experts, method, **options))["up_proj"])
+    finally:
+        torch.set_num_threads(before)
+    one, two = merged
+    assert float((one - two).norm()) <= 1e-5 * float(one.norm())
 
 
 @pytest.mark.parametrize("method", METHODS)
