@@ -156,3 +156,18 @@ def test_what_cannot_be_compared_is_said(search, address):
         outcome = search("--like", name)
         assert isinstance(outcome.exception, SystemExit), outcome.exception
         assert name in outcome.output
+
+
+def test_what_is_damaged_is_said_and_the_others_are_found(search, address):
+    assert search("--like", "adder").exit_code == 0
+    path = ExpertLibrary(address).path("poet") / "adapter_model.safetensors"
+    path.chmod(0o644)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    outcome = search("--like", "adder")
+    assert outcome.exit_code == 0, outcome.output
+    assert "adder_twice" in outcome.output
+    assert "left out: poet: " in outcome.output
+    outcome = search("--like", "poet")
+    assert isinstance(outcome.exception, SystemExit), outcome.exception
+    assert "poet" in outcome.output

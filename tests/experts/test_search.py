@@ -9,12 +9,14 @@ from mttl_experts import (
     ExpertInfo,
     ExpertLibrary,
     ExpertNotFoundError,
+    LoraFactors,
     UnsupportedAdapterError,
     inner_product,
 )
 from mttl_experts.search import index as index_module
 from mttl_experts.search.index import RECIPE
-from mttl_storage import ReadOnly
+from mttl_experts.search.likeness import Query
+from mttl_storage import Corrupt, ReadOnly
 
 
 def refactored(expert, name, *, scale=1.0, pad=0, rslora=False, dtype=torch.float32):
@@ -125,6 +127,25 @@ def test_the_order_is_that_of_exact_cosines(filled):
     for match in found:
         assert match.score == pytest.approx(exact[match.name], abs=1e-6)
         assert match.likeness.size == pytest.approx(norm[match.name] / norm["e07"])
+
+
+def test_products_are_exact_whatever_modules_and_ranks_two_experts_share():
+    generator = torch.Generator().manual_seed(0)
+
+    def factors(rank, out, dtype=torch.float32):
+        a = torch.randn(rank, 6, generator=generator).to(dtype)
+        return LoraFactors(a, torch.randn(out, rank, generator=generator).to(dtype), rank / 3)
+
+    one = {f"m{n}": factors(1 + n % 3, 4 + n % 2) for n in range(12)}
+    other = {f"m{n}": factors(1 + n % 2, 4 + n % 2) for n in range(3, 15)}
+    other["m5"] = factors(2, 9)  # another shape: nothing in common
+    other["m6"] = factors(2, 4, torch.bfloat16)
+    norm = {id(m): inner_product(m, m) ** 0.5 for m in (one, other)}
+    found = Query(one, norm[id(one)]).likeness(other, norm[id(other)])
+    alike = {path: f for path, f in other.items() if path != "m5"}
+    wanted = inner_product(one, alike) / norm[id(one)] / norm[id(other)]
+    assert found.cosine == pytest.approx(wanted, abs=1e-6)
+    assert found.size == pytest.approx(norm[id(other)] / norm[id(one)])
 
 
 def test_an_expert_from_elsewhere_may_be_the_librarys_own(filled):
@@ -291,6 +312,54 @@ def test_what_has_no_delta_is_left_out_and_said(filled, make_expert):
             filled.search.like(name)
     with pytest.raises(ExpertNotFoundError, match="did you mean"):
         filled.search.like("e0")
+
+
+def flip_a_byte(library, name):
+    path = library.path(name) / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def on_disk(tmp_path, make_expert):
+    return fill(ExpertLibrary(f"local://{tmp_path}/lib", create=True), make_expert)
+
+
+@pytest.mark.parametrize("indexed", [True, False], ids=["indexed", "not indexed"])
+def test_what_is_damaged_is_left_out_and_said(on_disk, indexed):
+    if indexed:
+        on_disk.search.like("e00")
+    flip_a_byte(on_disk, "e07")
+    (on_disk.path("e09") / "adapter_model.safetensors").unlink()
+    again = ExpertLibrary(on_disk.uri)
+    for _ in range(2):
+        assert set(names(again.search.like("e00", limit=30))) == set(again) - {"e00", "e07", "e09"}
+        assert list(again.search.left_out) == ["e07", "e09"]
+    assert "adapter_model.safetensors" in again.search.left_out["e07"]
+    with pytest.raises(Corrupt, match="e07"):
+        again.search.like("e07")
+
+
+def test_what_is_damaged_has_no_loss_and_is_said(on_disk):
+    flip_a_byte(on_disk, "e07")
+    again = ExpertLibrary(on_disk.uri)
+
+    def loss(expert):
+        return 1.0 if expert is None else float(len(expert.expert_weights))
+
+    assert len(again.search.by_loss(loss, {"examples": "x"}, 1, limit=30)) == 19
+    assert list(again.search.left_out) == ["e07"]
+
+
+def test_what_a_search_by_loss_left_out_is_forgotten_by_the_next(filled, make_expert):
+    filled.add_expert(make_expert("dora", seed=50, use_dora=True))
+    filled.search.like("e00")
+    filled.search.by_loss(lambda expert: 1.0, {"examples": "x"}, 1)
+    assert filled.search.left_out == {}
+    filled.search.like("e00")
+    assert set(filled.search.left_out) == {"dora"}
 
 
 def test_experts_of_another_width_have_nothing_in_common(filled, make_expert):

@@ -22,7 +22,7 @@ from mttl_experts.errors import UnsupportedAdapterError
 from mttl_experts.expert import Expert
 from mttl_experts.search.sketch import WIDTH, sketch
 from mttl_experts.spectral import inner_product, lora_modules
-from mttl_storage import Conflict, Corrupt, Denied, ReadOnly, StorageFull, in_parallel
+from mttl_storage import Conflict, Corrupt, Denied, NotFound, ReadOnly, StorageFull, in_parallel
 
 if TYPE_CHECKING:
     from mttl_experts.changing import LibraryWriter
@@ -94,7 +94,7 @@ class SketchIndex:
                     progress("", number, len(missing))
                 try:
                     made[digest] = sketched(experts[digest])
-                except (UnsupportedAdapterError, Corrupt, ValueError) as error:
+                except (UnsupportedAdapterError, Corrupt, NotFound, ValueError) as error:
                     self._refused[digest] = str(error)
                 if len(made) == SEGMENT_ROWS or time.monotonic() - last > COMMIT_SECONDS:
                     self._keep(made)

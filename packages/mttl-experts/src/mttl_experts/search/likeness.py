@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mttl_experts.spectral import LoraFactors, inner_product
+from mttl_experts.spectral import LoraFactors
 
 # Two ΔW whose difference is at most this share of their size are one, written down twice: half
 # precision alone makes a quarter of it.
 SAME = 0.01
-# From this cosine on, float32 is too coarse to tell copies apart.
-_NEAR = 0.999
+# From this cosine on, which any copy has, float32 is too coarse to tell.
+_NEAR = 0.9999
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,15 @@ class Likeness:
 
 
 class Query:
-    """One expert's ΔW, ready to be compared with many."""
+    """One expert's ΔW, ready to be compared with many, in several threads if need be."""
 
     def __init__(self, modules: Mapping[str, LoraFactors], norm: float) -> None:
         """Keep its factors, as ``lora_modules`` gives them, and its exact ‖ΔW‖, which is not 0."""
-        self._modules = modules
-        self._ready = {
-            path: (_float(factors.a).T.contiguous(), _float(factors.b), factors.scaling)
-            for path, factors in modules.items()
-        }
         self.norm = norm
+        by_shape: dict[tuple[int, ...], list[str]] = {}
+        for path, factors in modules.items():
+            by_shape.setdefault((*factors.a.shape, *factors.b.shape), []).append(path)
+        self._stacks = [(paths, _Stack.of(modules, paths)) for paths in by_shape.values()]
 
     def likeness(self, modules: Mapping[str, LoraFactors], norm: float) -> Likeness:
         """What an expert is to this one.
@@ -59,37 +58,59 @@ class Query:
         scale, size = self.norm * norm, norm / self.norm
         if scale == 0:
             return Likeness(0.0, size, None)
-        cosine = self._product(modules) / scale
+        cosine = self._product(modules, torch.float32) / scale  # enough to rank by
         if abs(cosine) < _NEAR:
             return Likeness(cosine, size, None)
-        shared = self._shared(modules)
-        cosine = inner_product({path: self._modules[path] for path in shared}, shared) / scale
+        cosine = self._product(modules, torch.float64) / scale
         cosine = max(-1.0, min(1.0, cosine))
         distance = math.sqrt(max(0.0, 1 - 2 * cosine * size + size**2))  # ‖x - q‖ / ‖q‖
         if distance <= SAME:
             return Likeness(cosine, size, "same")
         return Likeness(cosine, size, "scaled" if 1 - cosine**2 <= SAME**2 else None)
 
-    def _product(self, modules: Mapping[str, LoraFactors]) -> float:
-        """⟨ΔW, ΔW⟩ in float32, which is enough to rank by: tr((A₂A₁ᵀ)(B₁ᵀB₂)) of each module."""
-        parts = []
-        for path, factors in self._shared(modules).items():
-            a, b, scaling = self._ready[path]
-            inputs = _float(factors.a) @ a  # (r2, r1)
-            outputs = _float(factors.b).T @ b  # (r2, r1)
-            part = torch.dot(inputs.flatten(), outputs.flatten())
-            parts.append(part * (scaling * factors.scaling))
-        return float(torch.stack(parts).double().sum()) if parts else 0.0
-
-    def _shared(self, modules: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
-        return {
-            path: factors
-            for path, factors in modules.items()
-            if (own := self._modules.get(path)) is not None
-            and own.a.shape[1] == factors.a.shape[1]
-            and own.b.shape[0] == factors.b.shape[0]
-        }
+    def _product(self, modules: Mapping[str, LoraFactors], dtype: torch.dtype) -> float:
+        """⟨ΔW, ΔW⟩, the modules of one shape at once, with products of that precision."""
+        total = 0.0
+        for paths, stack in self._stacks:
+            by_rank: dict[int, list[int]] = {}
+            for row, path in enumerate(paths):
+                factors = modules.get(path)
+                if factors is not None and stack.is_like(factors):
+                    by_rank.setdefault(factors.rank, []).append(row)
+            for rows in by_rank.values():
+                other = _Stack.of(modules, [paths[row] for row in rows])
+                total += stack.rows(rows).product(other, dtype)
+        return total
 
 
-def _float(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float32 else tensor.float()
+class _Stack(NamedTuple):
+    """Factors of m modules of one shape and rank: A (m, r, i), B (m, o, r), scaling (m,)."""
+
+    a: Tensor
+    b: Tensor
+    scaling: Tensor
+
+    @classmethod
+    def of(cls, modules: Mapping[str, LoraFactors], paths: Sequence[str]) -> _Stack:
+        factors = [modules[path] for path in paths]
+        return cls(
+            torch.stack([each.a for each in factors]),
+            torch.stack([each.b for each in factors]),
+            torch.tensor([each.scaling for each in factors], dtype=torch.float64),
+        )
+
+    def is_like(self, factors: LoraFactors) -> bool:
+        """Whether a module has the same (o, i), whatever its rank."""
+        return self.b.shape[1] == factors.b.shape[0] and self.a.shape[2] == factors.a.shape[1]
+
+    def rows(self, rows: Sequence[int]) -> _Stack:
+        if len(rows) == len(self.scaling):  # mostly: nothing is copied
+            return self
+        return _Stack(self.a[rows], self.b[rows], self.scaling[rows])
+
+    def product(self, other: _Stack, dtype: torch.dtype) -> float:
+        """Sum of s₁s₂·tr((A₂A₁ᵀ)(B₁ᵀB₂)) over the modules."""
+        inputs = other.a.to(dtype) @ self.a.to(dtype).mT  # (m, r2, r1)
+        outputs = other.b.to(dtype).mT @ self.b.to(dtype)  # (m, r2, r1)
+        traces = (inputs * outputs).sum((1, 2), dtype=torch.float64)
+        return float(traces @ (self.scaling * other.scaling))

@@ -16,7 +16,15 @@ from mttl_experts.search.index import COMMIT_SECONDS, Progress, SketchIndex, ske
 from mttl_experts.search.likeness import Likeness, Query
 from mttl_experts.search.text import TextIndex
 from mttl_experts.spectral import LoraFactors, lora_modules
-from mttl_storage import Conflict, Denied, ReadOnly, StorageFull, in_parallel
+from mttl_storage import (
+    Conflict,
+    Corrupt,
+    Denied,
+    NotFound,
+    ReadOnly,
+    StorageFull,
+    in_parallel,
+)
 
 if TYPE_CHECKING:
     from mttl_experts.changing import LibraryWriter
@@ -129,15 +137,23 @@ class Search:
                 f"expert {expert.name!r} changes nothing (its ΔW is 0), so none is like it"
             )
         query = Query(lora_modules(expert), norm)
-        nearest = self._index.nearest(row, max(candidates, limit + 1))
-        # Those that are not at hand yet come in at once.
-        in_parallel(self._factors, [digest for digest, _ in nearest])
-        found = []
-        for digest, norm in nearest:
-            likeness = query.likeness(self._factors(digest), norm)
-            for name in self._by_digest[digest]:
-                if itself or (name, digest) != (expert.name, expert.digest):
-                    found.append(Match(name, likeness.cosine, likeness))
+        norms = dict(self._index.nearest(row, max(candidates, limit + 1)))
+        likenesses: dict[str, Likeness] = {}
+
+        def compare(digest: str) -> None:
+            try:
+                likenesses[digest] = query.likeness(self._factors(digest), norms[digest])
+            except _DAMAGED as error:  # since its sketch was made
+                self._leave_out(digest, str(error))
+
+        in_parallel(compare, norms)  # reading, hashing and products, each without the interpreter
+        self.left_out = dict(sorted(self.left_out.items()))
+        found = [
+            Match(name, likeness.cosine, likeness)
+            for digest, likeness in likenesses.items()
+            for name in self._by_digest[digest]
+            if itself or (name, digest) != (expert.name, expert.digest)
+        ]
         found.sort(key=lambda match: (_rank(match.likeness), -match.score, match.name))
         return found[:limit]
 
@@ -177,7 +193,7 @@ class Search:
                     progress(expert.name, number, len(asked))
                 try:
                     found[digest] = losses.of(expert, loss, again)
-                except (ExpertError, FloatingPointError) as error:
+                except (ExpertError, FloatingPointError, *_DAMAGED) as error:
                     self._leave_out(digest, str(error))
         finally:
             losses.keep()
@@ -215,10 +231,10 @@ class Search:
             experts = {d: self._experts[names[0]] for d, names in self._by_digest.items()}
             self._index.update(experts, progress)
             self._indexed = True
-            self.left_out = {}
-            for digest, reason in self._index.refusals(self._by_digest).items():
-                self._leave_out(digest, reason)
             self._look()  # keeping sketches moved the library on, and others may have changed it
+        self.left_out = {}
+        for digest, reason in self._index.refusals(self._by_digest).items():
+            self._leave_out(digest, reason)
 
     def _leave_out(self, digest: str, reason: str) -> None:
         self.left_out |= dict.fromkeys(self._by_digest[digest], reason)
@@ -259,6 +275,8 @@ class _Losses:
 
 
 _KEY = ("examples", "loss")
+# An expert's files that are not what was written, or are gone.
+_DAMAGED = (Corrupt, NotFound)
 
 
 def _rank(likeness: Likeness | None) -> int:
