@@ -245,7 +245,7 @@ class Evaluation:
 
     def _load(self) -> BaseModel:
         options = self.options
-        check_one_base(self.experts)
+        check_one_base(self.experts, strict=options.strict)
         names = sorted({e.expert_info.expert_model or "embedded" for e in self.experts})
         here = [name for name in names if Path(name).is_dir()]  # one base, under several names
         with bar("base model") as shown:

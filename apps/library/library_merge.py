@@ -27,6 +27,7 @@ from mttl_experts.jobs import bar, known_errors, say
     metavar="KEY=VALUE",
     help="What the method takes besides, such as density=0.3 or inside=ties; again for more.",
 )
+@click.option("--strict", is_flag=True, help="Refuse other weights or tokenizer of one base.")
 @as_json
 def merge(
     method: str,

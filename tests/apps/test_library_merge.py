@@ -1,10 +1,11 @@
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mttl_experts import Expert, ExpertInfo, ExpertLibrary
+from mttl_experts import Expert, ExpertInfo, ExpertLibrary, IncompatibleExpertWarning
 from mttl_routing import merge
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["layer"]}
@@ -92,3 +93,22 @@ def test_what_cannot_be_is_one_clear_line(app, address, args, words):
     assert outcome.exit_code != 0
     for word in words:
         assert word in outcome.output
+
+
+def test_other_weights_of_one_base_are_said_and_strictly_refused(app, address):
+    library = ExpertLibrary(address)
+    one, two = (
+        replace(each, expert_info=replace(each.expert_info, model_fingerprint=digest))
+        for each, digest in ((library["one"], "a" * 64), (library["two"], "b" * 64))
+    )
+    library.replace_expert(one)
+    with pytest.warns(IncompatibleExpertWarning):
+        library.replace_expert(two)
+    outcome = app("library", "merge", "uniform", "--library", address, "--strict")
+    assert isinstance(outcome.exception, SystemExit), outcome.exception
+    assert "a" * 64 in outcome.output
+    assert "b" * 64 in outcome.output
+    assert len(ExpertLibrary(address)) == 2
+    outcome = app("library", "merge", "uniform", "--library", address)
+    assert outcome.exit_code == 0, outcome.output
+    assert "warning: expert " in outcome.output

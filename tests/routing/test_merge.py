@@ -2,6 +2,7 @@ import copy
 import itertools
 import math
 import re
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor
 
-from mttl_experts import Expert, IncompatibleExpertError, UnsupportedAdapterError, lora_modules
+from mttl_experts import (
+    Expert,
+    ExpertLibrary,
+    IncompatibleExpertError,
+    IncompatibleExpertWarning,
+    UnsupportedAdapterError,
+    lora_modules,
+)
 from mttl_routing import MERGES, merge
 from mttl_routing.merge import _key
 
@@ -354,6 +362,34 @@ def test_one_base_under_two_names_is_one_base(make_expert):
     ]
     assert merge(experts).expert_info.expert_model == "/a/base"
     assert merge(experts[::-1]).digest == merge(experts).digest
+
+
+@pytest.mark.parametrize("field", ["model_fingerprint", "tokenizer_digest", "template_digest"])
+def test_other_weights_of_one_base_are_a_warning_and_strictly_an_error(field, make_expert):
+    experts = [
+        replace(made, expert_info=replace(made.expert_info, **{field: digest}))
+        for made, digest in ((make_expert("e1"), "a" * 64), (make_expert("e2"), "b" * 64))
+    ]
+    with pytest.warns(IncompatibleExpertWarning, match="(a{64}.*b{64})|(b{64}.*a{64})"):
+        merged = merge(experts)
+    assert getattr(merged.expert_info, field) is None
+    with pytest.raises(IncompatibleExpertError, match="(a{64}.*b{64})|(b{64}.*a{64})"):
+        merge(experts, strict=True)
+
+
+def test_a_kept_merge_is_refused_as_well_if_strict(tmp_path, make_expert):
+    library = ExpertLibrary(f"local://{tmp_path}/lib", create=True)
+    for name, digest in (("e1", "a" * 64), ("e2", "b" * 64)):
+        made = make_expert(name)
+        info = replace(made.expert_info, model_fingerprint=digest)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IncompatibleExpertWarning)
+            library.add_expert(replace(made, expert_info=info))
+    view = ExpertLibrary(library.uri, selection="e1,e2")
+    with pytest.warns(IncompatibleExpertWarning):
+        library.add_expert(merge(view))
+    with pytest.raises(IncompatibleExpertError):
+        merge(view.refresh(), strict=True)
 
 
 def test_each_module_is_told(mixed_experts):

@@ -1,6 +1,9 @@
 import copy
+import dataclasses
 import itertools
 import threading
+import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +11,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mttl_experts import Expert, ExpertInfo, ExpertLibrary, IncompatibleExpertError, lora_modules
+from mttl_experts import (
+    Expert,
+    ExpertInfo,
+    ExpertLibrary,
+    IncompatibleExpertError,
+    IncompatibleExpertWarning,
+    lora_modules,
+)
 from mttl_routing import RoutedModel, Uniform, apply_expert, merge
 from mttl_routing.routers import arrow_prototypes
 
@@ -482,6 +492,39 @@ def test_a_loaded_base_of_the_same_id_is_accepted(base, make_expert, tokens):
 
     with apply_expert(Loaded, make_expert("e1")) as routed:
         assert routed.model is base
+
+
+@pytest.mark.parametrize("how", ["from_experts", "from_library", "apply_expert"])
+@pytest.mark.parametrize("which", ["of the base", "of each other"])
+def test_other_weights_are_a_warning_and_strictly_an_error(base, make_expert, tmp_path, how, which):
+    class Loaded:
+        model, tokenizer, model_id = base, None, "tests/two-layer-llama"
+        fingerprint = "f" * 64 if which == "of the base" else None
+        tokenizer_digest, template_digest = None, None
+
+    experts = []
+    for name, digest in (("e1", "a" * 64), ("e2", "a" * 64 if Loaded.fingerprint else "b" * 64)):
+        made = make_expert(name)
+        info = dataclasses.replace(made.expert_info, model_fingerprint=digest)
+        experts.append(dataclasses.replace(made, expert_info=info))
+    if how == "apply_expert":
+        if Loaded.fingerprint is None:
+            pytest.skip("one expert alone has no other")
+        make = partial(apply_expert, Loaded, experts[0])
+    elif how == "from_experts":
+        make = partial(RoutedModel.from_experts, experts, base_model=Loaded)
+    else:
+        library = ExpertLibrary(f"local://{tmp_path}/lib", create=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IncompatibleExpertWarning)
+            for expert in experts:
+                library.add_expert(expert)
+        make = partial(RoutedModel.from_library, library, base_model=Loaded)
+    both = "a{64}.*f{64}" if Loaded.fingerprint else "(a{64}.*b{64})|(b{64}.*a{64})"
+    with pytest.warns(IncompatibleExpertWarning, match=both), make():
+        pass
+    with pytest.raises(IncompatibleExpertError, match=both), make(strict=True):
+        pass
 
 
 def test_a_shape_that_does_not_fit_names_the_module_and_both_shapes(base, make_expert):

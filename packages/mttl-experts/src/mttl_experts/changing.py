@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
 from mttl_experts.artifacts import Artifacts
+from mttl_experts.bases import KnownBases
 from mttl_experts.collecting import made_from_gone, remove_for_good
 from mttl_experts.compatible import check_targets, check_weights
 from mttl_experts.errors import ExpertExistsError, IncompatibleExpertError, expert_not_found
@@ -31,12 +32,20 @@ class LibraryWriter(LibraryReader):
         super().__init__(repository, selection, read_only)
         # Facts as the open batch will leave them, by name; None for what it removes.
         self._staged: dict[str, ExpertInfo | None] = {}
+        self._bases: tuple[int, KnownBases] | None = None  # with the generation
         self.artifacts = Artifacts(self)
         self.scores = Scores(self.artifacts)
         self.search = Search(self)
 
-    def add_expert(self, expert: Expert) -> str:
+    def add_expert(self, expert: Expert, *, strict: bool = False) -> str:
         """Add an expert under its own name; one that is there already, in every part, is left.
+
+        A library may hold experts for several bases. One for a base that others name too, of other
+        weights (its fingerprint), tokenizer or template than all of these, is a warning.
+
+        Args:
+            expert: the new one.
+            strict: refuse it where there would be a warning.
 
         Returns:
             Its digest.
@@ -44,11 +53,12 @@ class LibraryWriter(LibraryReader):
         Raises:
             ExpertExistsError: when there is another of that name.
             IncompatibleExpertError: when it cannot work: it would attach to nothing, its weights do
-                not fit its config, or it is for another base than those shown.
+                not fit its config, or it is for another base than those shown; also, naming two
+                experts and both digests, where it would warn and is strict.
         """
         writer = self._expert_writer()
         name = check_expert_name(expert.name)
-        self._check(expert)
+        self._check(expert, strict)
         try:
             added = writer.add(EXPERTS + name, expert.files(), expert.expert_info.to_dict())
         except Conflict as error:
@@ -60,12 +70,15 @@ class LibraryWriter(LibraryReader):
             ) from error
         return self._changed(added, expert)
 
-    def replace_expert(self, expert: Expert, expected: str | None = None) -> str:
+    def replace_expert(
+        self, expert: Expert, expected: str | None = None, *, strict: bool = False
+    ) -> str:
         """Put an expert, facts and weights, in the place of the one of its name.
 
         Args:
             expert: the new one.
             expected: digest that the old one must have.
+            strict: as for ``add_expert``.
 
         Returns:
             Its digest.
@@ -77,7 +90,7 @@ class LibraryWriter(LibraryReader):
         """
         writer = self._expert_writer()
         self._facts(expert.name)
-        self._check(expert)
+        self._check(expert, strict)
         replaced = writer.replace(
             EXPERTS + expert.name, expert.files(), expert.expert_info.to_dict(), expected
         )
@@ -192,6 +205,7 @@ class LibraryWriter(LibraryReader):
             finally:
                 self._batch = None
                 self._staged.clear()
+                self._bases = None
 
     def _facts(self, name: str) -> ExpertInfo:
         """Facts as they are, or as the open batch will leave them."""
@@ -206,7 +220,7 @@ class LibraryWriter(LibraryReader):
         """The open batch, or one for what comes."""
         return self._repository.batch(message) if self._batch is None else nullcontext(self._batch)
 
-    def _check(self, expert: Expert) -> None:
+    def _check(self, expert: Expert, strict: bool) -> None:
         shown, made_for = self._selection.model_name, expert.expert_info.expert_model
         if shown is not None and made_for != shown:
             raise IncompatibleExpertError(
@@ -215,10 +229,23 @@ class LibraryWriter(LibraryReader):
             )
         check_targets(expert.expert_info)
         check_weights(expert)
+        self._known_bases().check(expert.expert_info, self.uri, strict=strict)
+
+    def _known_bases(self) -> KnownBases:
+        """What all experts say of their bases, as the open batch will leave it."""
+        if self._bases is None or self._bases[0] != self.generation:
+            items = self._repository.items(EXPERTS)
+            facts = ((name.removeprefix(EXPERTS), item.info) for name, item in items.items())
+            self._bases = (self.generation, KnownBases(facts))
+            for name, info in self._staged.items():
+                self._bases[1].put(name, None if info is None else info.to_dict())
+        return self._bases[1]
 
     def _stage(self, name: str, info: ExpertInfo | None) -> None:
         if self._batch is not None:
             self._staged[name] = info
+            if self._bases is not None:
+                self._bases[1].put(name, None if info is None else info.to_dict())
 
     def _changed(self, outcome: Item | None, expert: Expert) -> str:
         """The digest, whether a commit or an open batch took the change."""

@@ -62,14 +62,19 @@ def check_compatible(
     ):
         if theirs is None or ours is None or theirs == ours:
             continue
-        message = (
+        warn_or_refuse(
             f"expert {name!r} was made with other {what} of the base than these: digest "
-            f"{theirs!r}, here {ours!r}; its results may differ"
+            f"{theirs!r}, here {ours!r}; its results may differ",
+            strict,
         )
-        if strict:
-            raise IncompatibleExpertError(message)
-        warnings.warn(message, IncompatibleExpertWarning, stacklevel=2)
     check_targets(info, modules)
+
+
+def warn_or_refuse(message: str, strict: bool) -> None:
+    """Warn of what may work worse than it should, or raise IncompatibleExpertError if strict."""
+    if strict:
+        raise IncompatibleExpertError(message)
+    warnings.warn(message, IncompatibleExpertWarning, stacklevel=3)
 
 
 def is_other_base(info: ExpertInfo, base_id: str | None, fingerprint: str | None) -> bool:

@@ -137,7 +137,12 @@ class ExpertLibrary(LibraryWriter):
         return target.refresh()
 
     def update_from(
-        self, other: ExpertLibrary | str, *, replace: bool = False, token: str | None = None
+        self,
+        other: ExpertLibrary | str,
+        *,
+        replace: bool = False,
+        strict: bool = False,
+        token: str | None = None,
     ) -> list[str]:
         """Take in what another library has and this one has not, with artifacts and scores.
 
@@ -147,6 +152,7 @@ class ExpertLibrary(LibraryWriter):
         Args:
             other: a library, of which what it shows is taken, or an address.
             replace: put theirs also in the place of experts that differ here.
+            strict: as for ``add_expert``; nothing is taken then.
             token: credentials of the address.
 
         Returns:
@@ -159,7 +165,7 @@ class ExpertLibrary(LibraryWriter):
         if self.in_batch:
             raise RuntimeError(f"a batch is open on {self.uri}; update_from makes its own commits")
         source = ExpertLibrary(other, token, read_only=True) if isinstance(other, str) else other
-        return take_in(source, self, replace)
+        return take_in(source, self, replace, strict)
 
     # Past and lineage, from the log alone
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mttl_experts.bases import KnownBases
 from mttl_experts.errors import ExpertExistsError
 from mttl_experts.selection import EXPERTS
 from mttl_storage import Repository
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from mttl_experts.changing import LibraryWriter
 
 
-def take_in(source: LibraryWriter, target: LibraryWriter, replace: bool) -> list[str]:
+def take_in(source: LibraryWriter, target: LibraryWriter, replace: bool, strict: bool) -> list[str]:
     """Names of experts that are new or changed in ``target``; see ``ExpertLibrary.update_from``."""
     target.refresh()
     theirs = {EXPERTS + name: source.repository.item(EXPERTS + name) for name in source}
@@ -43,6 +44,11 @@ def take_in(source: LibraryWriter, target: LibraryWriter, replace: bool) -> list
             f"{target.uri} ({first}{' ...' if len(clashes) > 5 else ''}); nothing was "
             "taken; rename them, or pass replace=True to put theirs in the place of these"
         )
+    bases = KnownBases((name.removeprefix(EXPERTS), item.info) for name, item in ours.items())
+    for name in wanted:
+        short = name.removeprefix(EXPERTS)
+        bases.check(source.stored_info(short, theirs[name]), target.uri, strict=strict)
+        bases.put(short, theirs[name].info)
     digests = {item.digest for item in theirs.values()}
     made = [e.item for e in source.artifacts.entries() if digests.issuperset(e.experts)]
     copy_items(source.repository, target.repository, names=[*wanted, *made])

@@ -48,6 +48,8 @@ def attachment_points(
     base: Base,
     experts: Sequence[Expert],
     table: Mapping[str, Sequence[LoraFactors | None]],
+    *,
+    strict: bool = False,
 ) -> dict[str, nn.Module]:
     """The base's module for each path of ``table``, in its order.
 
@@ -55,6 +57,7 @@ def attachment_points(
         base: what to attach to.
         experts: to be attached.
         table: their factors by module path, as ``factors_by_module`` gives them.
+        strict: refuse also a base that differs from an expert's by its digests alone.
 
     Raises:
         IncompatibleExpertError: an expert is for another base, adapts a module that this base does
@@ -68,6 +71,7 @@ def attachment_points(
             fingerprint=base.fingerprint,
             tokenizer_digest=base.tokenizer_digest,
             template_digest=base.template_digest,
+            strict=strict,
         )
     modules = dict(base.model.named_modules(remove_duplicate=False))
     for index, expert in enumerate(experts):

@@ -37,8 +37,12 @@ def experts_of(source: Experts) -> list[Expert]:
     return experts
 
 
-def check_one_base(experts: Sequence[Expert]) -> None:
+def check_one_base(experts: Sequence[Expert], *, strict: bool = False) -> None:
     """Refuse experts of different base models; warn where only the bases' digests differ.
+
+    Args:
+        experts: at least one.
+        strict: refuse also where it would warn.
 
     Raises:
         IncompatibleExpertError: naming two experts and their bases.
@@ -57,6 +61,7 @@ def check_one_base(experts: Sequence[Expert]) -> None:
             fingerprint=known.model_fingerprint,
             tokenizer_digest=known.tokenizer_digest,
             template_digest=known.template_digest,
+            strict=strict,
         )
 
 

@@ -40,6 +40,7 @@ def merge(
     scale: float | None = None,
     seed: int = 0,
     name: str | None = None,
+    strict: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Expert:
@@ -65,6 +66,8 @@ def merge(
         seed: of methods that draw at random. What they draw depends on it, the expert's digest, the
             module and the element, and on nothing else; without effect on the other methods.
         name: of the result; the method and the first digits of the recipe digest if not given.
+        strict: refuse experts for the same base under other weights (its fingerprint), tokenizer or
+            template; else that is a warning which names both digests.
         progress: told of each module: "", how many are merged, and how many there are.
         **options: what the method takes besides, such as ``density``; :data:`MERGES` has the names
             and defaults, the method's function says what they mean.
@@ -77,11 +80,11 @@ def merge(
         UnsupportedAdapterError: an expert is more than ΔW (DoRA, bias, modules_to_save, ...).
     """
     plan = plan_merge(experts_of(experts), method, weights, rank, scale, seed, options)
+    check_one_base(plan.experts, strict=strict)
     if isinstance(experts, ExpertLibrary):
         kept = experts.made_by(recipe_digest(plan.recipe))
         if kept is not None:
             return kept if name is None else _renamed(kept, name)
-    check_one_base(plan.experts)
 
     results: dict[str, Factored] = {}
     missing: dict[str, list[str]] = {}

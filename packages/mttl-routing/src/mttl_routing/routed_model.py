@@ -75,6 +75,7 @@ class RoutedModel:
         *,
         combine: str = "after",
         dtype: torch.dtype | None = None,
+        strict: bool = False,
     ) -> None:
         """Check that the experts fit the base, and attach them; :meth:`from_experts` says more."""
         base = base_of(base_model)
@@ -94,9 +95,9 @@ class RoutedModel:
         self.combine = combine
         if len(set(self.experts)) < len(experts):
             raise ValueError(f"experts of one name cannot be told apart: {list(self.experts)!r}")
-        check_one_base(experts)
+        check_one_base(experts, strict=strict)
         table = factors_by_module(experts)
-        points = attachment_points(base, experts, table)
+        points = attachment_points(base, experts, table, strict=strict)
         self._layers: dict[str, Layer] = {}
         for path, column in table.items():
             some = next(factors for factors in column if factors is not None)
@@ -125,6 +126,7 @@ class RoutedModel:
         *,
         base_model: BaseModel | PreTrainedModel,
         dtype: torch.dtype | None = None,
+        strict: bool = False,
     ) -> Self:
         """All experts of a library around a base model; :meth:`from_experts` says more.
 
@@ -134,7 +136,7 @@ class RoutedModel:
         experts = experts_of(library)
         options = RouterOptions(top_k, temperature, partial(prototypes_in_library, library))
         built = _build(router, experts, options)
-        return cls(base_model, experts, built, combine=combine, dtype=dtype)
+        return cls(base_model, experts, built, combine=combine, dtype=dtype, strict=strict)
 
     @classmethod
     def from_experts(
@@ -147,6 +149,7 @@ class RoutedModel:
         *,
         base_model: BaseModel | PreTrainedModel,
         dtype: torch.dtype | None = None,
+        strict: bool = False,
     ) -> Self:
         """Experts around a base model that is already loaded; they are copied, the base is not.
 
@@ -160,13 +163,15 @@ class RoutedModel:
             temperature: the higher, the more equal the weights, for routers with a softmax.
             base_model: from :func:`mttl_adapters.load_base_model`, or a bare transformers model.
             dtype: what to keep the experts' factors in; None is their own.
+            strict: refuse experts for the same base under other weights (its fingerprint),
+                tokenizer or template; else that is a warning which names both digests.
 
         Raises:
             IncompatibleExpertError: an expert is for another base, or does not fit this one.
         """
         chosen = experts_of(experts)
         built = _build(router, chosen, RouterOptions(top_k, temperature, prototypes_of))
-        return cls(base_model, chosen, built, combine=combine, dtype=dtype)
+        return cls(base_model, chosen, built, combine=combine, dtype=dtype, strict=strict)
 
     def __call__(self, *args: Any, task_names: Tasks | None = None, **kwargs: Any) -> Any:
         """What the routed model makes of its inputs, as the base model's ``forward`` returns it.
@@ -306,9 +311,13 @@ class RoutedModel:
 
 
 @contextmanager
-def apply_expert(base_model: BaseModel | PreTrainedModel, expert: Expert) -> Iterator[RoutedModel]:
+def apply_expert(
+    base_model: BaseModel | PreTrainedModel, expert: Expert, *, strict: bool = False
+) -> Iterator[RoutedModel]:
     """A base model with one expert, trained or merged, for as long as the block lasts."""
-    with RoutedModel.from_experts([expert], "uniform", base_model=base_model) as routed:
+    with RoutedModel.from_experts(
+        [expert], "uniform", base_model=base_model, strict=strict
+    ) as routed:
         yield routed
 
 
