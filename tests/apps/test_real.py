@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import mttl_adapters
+from mttl_experts import ExpertLibrary
+
 ROOT = Path(__file__).parents[2]
+CACHE = os.environ.get("XDG_CACHE_HOME")
 
 
 @pytest.fixture
@@ -97,3 +102,61 @@ def test_the_main_command_on_a_tiny_budget(tmp_path):
     assert "1 there already" in done.stdout
     (row,) = json.loads((tmp_path / "mttldata/train/results.json").read_text())["experts"]
     assert row["n"] == 4
+
+
+@pytest.fixture
+def two_experts(app, tmp_path, monkeypatch):
+    """A library of two experts, trained for a few steps on the embedded model."""
+    monkeypatch.delenv("XDG_CACHE_HOME")  # where the embedded model lies converted
+    if CACHE is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", CACHE)
+    rows = [
+        {"source": f"What is the {task} of item {n}?", "target": target, "task_name": task}
+        for task, target in (("colour", "turquoise"), ("animal", "zebra"))
+        for n in range(60)
+    ]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    address = f"local://{tmp_path}/lib"
+    trained = app(
+        "train",
+        *("--dataset", tmp_path / "rows", "--all", "--library", address, "--steps", "8"),
+        *("--batch-size", "4", "--learning-rate", "2e-3", "--test-rows", "1"),
+    )
+    assert trained.exit_code == 0, trained.output
+    return address
+
+
+@pytest.mark.slow
+def test_examples_find_the_expert_for_them_on_the_embedded_model(
+    app, two_experts, tmp_path, monkeypatch
+):
+    path = tmp_path / "examples.jsonl"
+    rows = [{"source": f"Which colour has item {n}?", "target": "turquoise"} for n in range(90, 94)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    real, measured = mttl_adapters.mean_loss, []
+
+    def mean_loss(model, batches):
+        if len(measured) == 2:  # the base and one expert are done: Ctrl-C
+            measured.append(None)
+            signal.raise_signal(signal.SIGINT)
+        measured.append(real(model, batches))
+        return measured[-1]
+
+    monkeypatch.setattr(mttl_adapters, "mean_loss", mean_loss)
+    search = ("library", "search", "--library", two_experts, "--like", path, "--json")
+    stopped = app(*search)
+    assert stopped.exit_code == 130
+    assert "Stopped" in stopped.output
+    assert len(ExpertLibrary(two_experts).scores.table()) >= 2
+    outcome = app(*search)
+    assert outcome.exit_code == 0, outcome.output
+    assert len(measured) == 4  # with the one that was stopped: nothing was measured twice
+    first, second = json.loads(outcome.stdout)["found"]
+    assert (first["expert_name"], second["expert_name"]) == ("colour", "animal")
+    assert first["loss"] < second["loss"] - 0.1
+    assert first["below_base"] > 0.1
+    generation = ExpertLibrary(two_experts).generation
+    assert app(*search).stdout == outcome.stdout
+    assert len(measured) == 4
+    assert ExpertLibrary(two_experts).generation == generation
