@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     help="Instead of words: an expert of the library; a PEFT folder or hub id; or examples, a JSON "
     'object with "source" and "target" on each line.',
 )
+@click.option(
+    "--embeddings",
+    metavar="MODEL",
+    help="Compare TEXT by meaning, with the vectors of this model: folder or hub id of an encoder.",
+)
 @in_library
 @click.option("--limit", default=10, type=click.IntRange(min=1), help="Most experts to show.")
 @click.option("--model", help="Base for examples. [default: the one that the experts are for]")
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
 def search(
     text: str,
     like: str | None,
+    embeddings: str | None,
     library: str,
     limit: int,
     model: str | None,
@@ -44,15 +50,19 @@ def search(
 ) -> None:
     """Find experts in a library by TEXT, or by what they are like.
 
-    Words are looked up in names, tasks, tags and cards. Likeness is that of the weights: copies of
-    an expert come first, under whatever factors. Examples rank experts by their loss on them.
+    Words are looked up in names, tasks, tags and cards, or compared with these by meaning
+    (--embeddings). Likeness is that of the weights: copies of an expert come first, under whatever
+    factors. Examples rank experts by their loss on them.
     """
     if bool(text.strip()) == (like is not None):
         raise click.UsageError("search for either TEXT or --like EXPERT|FOLDER|FILE.jsonl")
+    if embeddings is not None and like is not None:
+        raise click.UsageError("--embeddings compares TEXT; leave it out with --like")
     opened = open_library(library, read_only=False)  # so that indexes and losses are kept
     with known_errors():
         if like is None:
-            matches, columns = opened.search.text(text, limit), ("score",)
+            matches = opened.search.text(text, limit, embeddings=embeddings)
+            columns: tuple[str, ...] = ("score",)
         elif like.endswith(".jsonl"):
             matches = _by_loss(opened, Path(like), limit, model, batch_size, recompute, as_json)
             columns = ("loss", "below base")

@@ -171,3 +171,21 @@ def test_what_is_damaged_is_said_and_the_others_are_found(search, address):
     outcome = search("--like", "poet")
     assert isinstance(outcome.exception, SystemExit), outcome.exception
     assert "poet" in outcome.output
+
+
+def test_words_are_compared_by_meaning_with_a_model_of_the_users(search, address, base_folder):
+    model = ("--embeddings", base_folder)  # of w0, w1, ...: no word of it is in a name
+    rows = found(search("w3", "--json", *model))
+    assert {row["expert_name"] for row in rows} == {"adder", "adder_twice", "poet"}
+    assert all(-1.0001 <= row["score"] <= 1.0001 for row in rows)
+    generation = ExpertLibrary(address).generation
+    assert found(search("w3", "--json", *model)) == rows
+    assert ExpertLibrary(address).generation == generation
+    assert "poet" in search("w3", *model).output
+    for args, word in [
+        (("w3", "--embeddings", "./nowhere"), "'./nowhere'"),
+        (("--like", "poet", *model), "--embeddings compares TEXT"),
+    ]:
+        outcome = search(*args)
+        assert isinstance(outcome.exception, SystemExit), outcome.exception
+        assert word in outcome.output

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mttl_experts.errors import ExpertError, UnsupportedAdapterError
 from mttl_experts.expert import Expert
 from mttl_experts.scores import Score
+from mttl_experts.search.embeddings import Embedder, EmbeddingIndex
 from mttl_experts.search.index import COMMIT_SECONDS, Progress, SketchIndex, sketched
 from mttl_experts.search.likeness import Likeness, Query
 from mttl_experts.search.text import TextIndex
@@ -55,9 +56,9 @@ class Match:
 class Search:
     """Finds experts among those that a library shows. ``library.search`` is one.
 
-    Indexes are made when first needed and kept: of words in this object, of weights and losses
-    among the library's artifacts and scores, so that a second search is fast and an expert that
-    comes in adds its own part alone. None outlives what it was made of.
+    Indexes are made when first needed and kept: of words in this object, of weights, meanings and
+    losses among the library's artifacts and scores, so that a second search is fast and an expert
+    that comes in adds its own part alone. None outlives what it was made of.
     """
 
     def __init__(self, library: LibraryWriter) -> None:
@@ -69,6 +70,8 @@ class Search:
         self._by_digest: dict[str, list[str]] = {}
         self._modules: dict[str, dict[str, LoraFactors]] = {}  # by digest; mapped, not read
         self._texts: TextIndex | None = None
+        self._embedders: dict[str, Embedder] = {}  # by the name of their model
+        self._vectors: dict[str, EmbeddingIndex] = {}
         self._indexed = False
         self.left_out: dict[str, str] = {}
         """Experts that the last search by weights or by loss could not compare, and why."""
@@ -87,12 +90,25 @@ class Search:
             return self.like(wanted, limit)
         return self.text(wanted, limit)
 
-    def text(self, query: str, limit: int = LIMIT) -> list[Match]:
+    def text(self, query: str, limit: int = LIMIT, *, embeddings: str | None = None) -> list[Match]:
         """The experts whose name, tasks, tags, card and the like fit some words best.
 
         Those that have nothing in common with the query are left out.
+
+        Args:
+            query: the words.
+            limit: most to be given.
+            embeddings: compare meanings instead of words, by the vectors of this model: the folder
+                or hub id of an encoder. The score is then a cosine, and none is left out. Vectors
+                are kept among the artifacts.
+
+        Raises:
+            EmbeddingError: the model cannot be loaded, or transformers is not installed.
         """
         self._look()
+        if embeddings is not None:
+            nearest = self._meanings(embeddings).nearest(query, limit)
+            return [Match(name, score) for name, score in nearest]
         if self._texts is None:
             infos = {name: expert.expert_info for name, expert in self._experts.items()}
             self._texts = TextIndex(infos)
@@ -204,6 +220,17 @@ class Search:
         ]
         return sorted(matches, key=lambda match: (-match.score, match.name))[:limit]
 
+    def _meanings(self, model: str) -> EmbeddingIndex:
+        """Vectors of what the library shows now, by one model."""
+        if model not in self._embedders:
+            self._embedders[model] = Embedder(model)
+        if model not in self._vectors:
+            infos = {name: expert.expert_info for name, expert in self._experts.items()}
+            index = EmbeddingIndex(infos, self._embedders[model], self._library.artifacts)
+            self._look()  # keeping vectors moved the library on
+            self._vectors[model] = index
+        return self._vectors[model]
+
     def _look(self) -> None:
         """Take in what the library shows now."""
         if self._generation == self._library.generation:
@@ -214,7 +241,7 @@ class Search:
             if expert.expert_weights is not None:
                 self._by_digest.setdefault(expert.digest, []).append(name)
         self._generation = self._library.generation
-        self._texts, self._indexed = None, False
+        self._texts, self._vectors, self._indexed = None, {}, False
         self._modules = {d: m for d, m in self._modules.items() if d in self._by_digest}
 
     def _factors(self, digest: str) -> dict[str, LoraFactors]:

@@ -105,6 +105,12 @@ class _Postings:
         return math.log(1 + self._count) + 1 if number is None else float(self._idf[number])
 
 
+def description(info: ExpertInfo) -> str:
+    """All that an expert is described by, the names in words, for those who read or embed it."""
+    labels = {label: " ".join(_WORD.findall(label)) for label in _labels(info)}
+    return "\n".join(labels.get(text, text) for _, text in _texts(info) if text)
+
+
 def _labels(info: ExpertInfo) -> tuple[str, ...]:
     return (info.expert_name, *info.tasks, *info.tags)
 
