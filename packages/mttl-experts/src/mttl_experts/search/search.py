@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mttl_experts.errors import ExpertError, UnsupportedAdapterError
 from mttl_experts.expert import Expert
-from mttl_experts.scores import Score
 from mttl_experts.search.embeddings import Embedder, EmbeddingIndex
-from mttl_experts.search.index import COMMIT_SECONDS, Progress, SketchIndex, sketched
+from mttl_experts.search.index import Progress, SketchIndex, sketched
 from mttl_experts.search.likeness import Likeness, Query
+from mttl_experts.search.losses import Losses
 from mttl_experts.search.text import TextIndex
 from mttl_experts.spectral import LoraFactors, lora_modules
-from mttl_storage import (
-    Conflict,
-    Corrupt,
-    Denied,
-    NotFound,
-    ReadOnly,
-    StorageFull,
-    in_parallel,
-)
+from mttl_storage import Corrupt, NotFound, in_parallel
 
 if TYPE_CHECKING:
     from mttl_experts.changing import LibraryWriter
@@ -198,7 +187,7 @@ class Search:
             progress: told how many are measured, of how many, and which is next.
         """
         self._look()
-        losses = _Losses(self._library, dict(examples), n)
+        losses = Losses(self._library, dict(examples), n)
         self.left_out = {}
         found: dict[str, float] = {}
         asked = {d: self._experts[names[0]] for d, names in self._by_digest.items()}
@@ -267,41 +256,6 @@ class Search:
         self.left_out |= dict.fromkeys(self._by_digest[digest], reason)
 
 
-class _Losses:
-    """Losses on one set of examples, read from the library's scores and added to them."""
-
-    def __init__(self, library: LibraryWriter, examples: dict[str, Any], n: int) -> None:
-        self._library, self._examples, self._n = library, examples, n
-        self._made: list[tuple[list[Expert], Score]] = []
-        self._last = time.monotonic()
-
-    def of(
-        self, expert: Expert | None, loss: Callable[[Expert | None], float], again: bool
-    ) -> float:
-        experts = [] if expert is None else [expert]
-        kept = None if again else self._library.scores.get(experts, *_KEY, self._examples)
-        if kept is not None:
-            return kept.value
-        value = float(loss(expert))
-        if not math.isfinite(value):
-            raise FloatingPointError(f"its loss is {value}, so it has no place among the others")
-        self._made.append((experts, Score(*_KEY, value, self._n, self._examples)))
-        if time.monotonic() - self._last > COMMIT_SECONDS:
-            self.keep()
-        return value
-
-    def keep(self) -> None:
-        """Keep what was measured since the last time, in one commit."""
-        with suppress(Conflict, Denied, ReadOnly, StorageFull):  # as for any score
-            if self._made:
-                free = self._library.writer() is self._library.repository  # no batch is open
-                with self._library.batch("losses on examples") if free else nullcontext():
-                    for experts, score in self._made:
-                        self._library.scores.put(experts, score)
-        self._made, self._last = [], time.monotonic()
-
-
-_KEY = ("examples", "loss")
 # An expert's files that are not what was written, or are gone.
 _DAMAGED = (Corrupt, NotFound)
 
