@@ -1,0 +1,98 @@
+"""What each way of making one model of a library keeps of its experts' skill.
+
+    uv run apps/train --all
+    uv run benchmarks/quality.py [--library L] [--ways "merge ties,route arrow"] [--write FILE]
+
+Runs ``apps/eval`` once a way (every merge method that takes any number of experts, every router)
+and prints one JSON line each: the score of every task, their mean, and the mean of each score over
+that of the task's own expert. Scores are kept in the library, so a run that was stopped goes on.
+``--write`` puts the rows that there are into a markdown file, between its two marks.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mttl_routing import MERGES, ROUTERS
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- table: benchmarks/quality.py -->", "<!-- end of table -->"
+# Takes two experts, or weights that only the caller knows; fixed needs to be told the expert.
+LEFT_OUT = {"slerp", "weighted", "task", "fixed"}
+
+
+def ways() -> list[str]:
+    """Every way, as ``apps/eval`` takes it."""
+    merges = [f"merge {name}" for name in MERGES if name not in LEFT_OUT]
+    return merges + [f"route {name}" for name in ROUTERS if name not in LEFT_OUT]
+
+
+def evaluated(way: str, library: str, arguments: list[str]) -> dict[str, Any]:
+    """One row: what ``apps/eval`` found."""
+    kind, name, *rest = way.split()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "apps/eval"), f"--{kind}", name, *rest]
+        command += ["--library", library, "--output", folder, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return {"way": way, "failed": (done.stdout + done.stderr).strip().splitlines()[-1]}
+        found = json.loads((Path(folder) / "results.json").read_text())
+    tasks = found["tasks"]
+    shares = [row["model"] / row["expert"] for row in tasks if row["expert"]]
+    return {
+        "way": way,
+        "experts": len(found["experts"]),
+        "rows": sum(row["n"] for row in tasks),
+        "base": found["mean"]["base"],
+        "expert": found["mean"]["expert"],
+        "mean": found["mean"]["model"],
+        "of_experts": sum(shares) / len(shares),
+        "tasks": {row["task"]: [row["base"], row["expert"], row["model"]] for row in tasks},
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in markdown, best first, in percent; base and experts above them."""
+    good = sorted((r for r in rows if "failed" not in r), key=lambda row: -row["of_experts"])
+    if not good:
+        return ""
+    tasks = list(good[0]["tasks"])
+    head = ["", "of the experts", "mean", *tasks]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for place, name in ((1, "each its own expert"), (0, "base")):
+        values = [good[0]["tasks"][task][place] for task in tasks]
+        own = [good[0]["tasks"][task][1] for task in tasks]
+        share = [v / o for v, o in zip(values, own, strict=True) if o]
+        figures = [sum(share) / len(share), sum(values) / len(values), *values]
+        lines.append([name, *(f"{100 * figure:.1f}" for figure in figures)])
+    for row in good:
+        figures = [row["of_experts"], row["mean"], *(row["tasks"][task][2] for task in tasks)]
+        lines.append([f"`{row['way']}`", *(f"{100 * figure:.1f}" for figure in figures)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main() -> None:
+    """Read the options, and evaluate one way after another."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--library", default="local://mttldata/library")
+    parser.add_argument("--ways", help="Comma list, each with its options. [default: all]")
+    parser.add_argument("--write", type=Path, help="Markdown file with the two marks.")
+    options, arguments = parser.parse_known_args()
+    chosen = [way.strip() for way in options.ways.split(",")] if options.ways else ways()
+    rows = []
+    for way in chosen:
+        rows.append(evaluated(way, options.library, arguments))
+        print(json.dumps(rows[-1]), flush=True)
+        if options.write is not None:
+            text = options.write.read_text()
+            inside = f"{BEGIN}\n\n{table(rows)}\n{END}"
+            options.write.write_text(re.sub(f"{BEGIN}.*{END}", inside, text, flags=re.DOTALL))
+
+
+if __name__ == "__main__":
+    main()
