@@ -67,6 +67,56 @@ def test_a_readme_of_someone_else_is_not_overwritten(filled):
     assert filled.write_card().endswith(f"{END}\n# Mine\n")
 
 
+@pytest.fixture
+def on_hub(new_address, hub):
+    """An empty library on the hub, what its README says, and its commits there."""
+    library = ExpertLibrary(new_address("hf"), create=True)
+    name = library.uri.removeprefix("hf://")
+    return library, lambda: hub.files(name)["README.md"].decode(), lambda: len(hub.commits(name))
+
+
+def test_each_change_on_the_hub_is_one_commit_that_has_the_card(on_hub, make_expert):
+    library, readme, commits = on_hub
+    changes = (
+        lambda: library.add_expert(make_expert("e1")),
+        lambda: library.add_expert(make_expert("e2", seed=2)),
+        lambda: library.scores.put(library["e1"], Score("t", "exact_match", 0.5, 40)),
+        lambda: library.rename_expert("e1", "e3"),
+        lambda: library.remove_expert("e2"),
+    )
+    for change in changes:
+        before = commits()
+        change()
+        assert commits() == before + 1
+        assert readme() == library.card() == library.write_card()
+        assert commits() == before + 1
+    assert "| `e3` | " in readme()
+    assert "exact\\_match 50.0 %" in readme()
+    assert library.verify() == []
+
+
+def test_the_card_on_the_hub_tells_of_all_writers_and_keeps_what_is_below_it(
+    on_hub, make_expert, new_address
+):
+    library, readme, _ = on_hub
+    other = ExpertLibrary(library.uri)
+    library.add_expert(make_expert("e1"))
+    library.repository.store.pipe_file("README.md", (readme() + "\nOurs.\n").encode())
+    part = ExpertLibrary(library.uri, selection="e1", read_only=False)
+    other.add_expert(make_expert("e2", seed=2))  # does not know of the first yet
+    part.tag("e1", "new")
+    assert readme() == library.refresh().card() + "\nOurs.\n"
+    assert library.keys() == ["e1", "e2"]
+    assert ExpertLibrary(new_address("hf"), create=True).update_from(library) == ["e1", "e2"]
+
+
+def test_a_readme_of_someone_else_on_the_hub_stays(on_hub, make_expert):
+    library, readme, _ = on_hub
+    library.repository.store.pipe_file("README.md", b"# Mine\n")
+    library.add_expert(make_expert("e1"))
+    assert readme() == "# Mine\n"
+
+
 def test_nothing_in_a_card_is_taken_for_markup(library, make_expert):
     expert = make_expert("e1", "x\n---\n# <script>")
     info = dataclasses.replace(expert.expert_info, tags=('a: "b"\n- c',), expert_model="/tmp/x y")

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
+from mttl_experts.changing import LibraryWriter
 from mttl_experts.errors import ExpertError
 from mttl_experts.expert import ExpertInfo
 from mttl_experts.scores import Score
-from mttl_storage import Conflict
-
-if TYPE_CHECKING:
-    from mttl_experts.changing import LibraryWriter
+from mttl_experts.selection import EXPERTS, Selection
+from mttl_storage import Conflict, Repository
 
 FILE = "README.md"
 END = "<!-- end of the card; what follows is kept -->"
@@ -50,20 +48,40 @@ def card(library: LibraryWriter) -> str:
 
 def write_card(library: LibraryWriter) -> str:
     """Put the card into a library as README.md; see ``ExpertLibrary.write_card``."""
-    store = library.repository.store
+    there, text = _there_and_wanted(library)
+    if text != there:
+        library.repository.store.pipe_file(FILE, text.encode())
+    return text
+
+
+def pages(repository: Repository) -> dict[str, bytes]:
+    """The card, to go with a commit of a library on the hub; nothing if it is right as it is.
+
+    A README that is not a card's is left alone.
+
+    Args:
+        repository: as the commit leaves it.
+    """
+    if repository.store.shown_folder != EXPERTS:  # such as a data set's
+        return {}
     try:
-        there = bytes(store.cat_file(FILE)).decode()
+        there, text = _there_and_wanted(LibraryWriter(repository, Selection(), read_only=True))
+    except CardError:
+        return {}
+    return {} if text == there else {FILE: text.encode()}
+
+
+def _there_and_wanted(library: LibraryWriter) -> tuple[str | None, str]:
+    try:
+        there = bytes(library.repository.store.cat_file(FILE)).decode()
     except FileNotFoundError:
-        there = END
+        return None, card(library)
     if END not in there:
         raise CardError(
             f"{library.uri} has a {FILE} that is not a card's; put the line {END!r} above what of "
             "it should stay below the card, or delete it"
         )
-    text = card(library) + there.partition(END)[2].removeprefix("\n")
-    if text != there:
-        store.pipe_file(FILE, text.encode())
-    return text
+    return there, card(library) + there.partition(END)[2].removeprefix("\n")
 
 
 def _front_matter(infos: Iterable[ExpertInfo], bases: list[str]) -> list[str]:

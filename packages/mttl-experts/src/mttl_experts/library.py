@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import ClassVar, Self
 
-from mttl_experts.card import card, write_card
+from mttl_experts.card import card, pages, write_card
 from mttl_experts.changing import LibraryWriter
 from mttl_experts.collecting import GRACE, collect
 from mttl_experts.difference import ExpertDifference, difference
@@ -70,6 +70,7 @@ class ExpertLibrary(LibraryWriter):
             token=token,
             create=create,
             read_only=bool(read_only),
+            pages=pages,
         )
         super().__init__(repository, chosen, chosen.is_part if read_only is None else read_only)
 
@@ -236,6 +237,8 @@ class ExpertLibrary(LibraryWriter):
 
     def write_card(self) -> str:
         """Put the card into the library as README.md; gives back its text.
+
+        On the hub every change brings it along, so there it is only needed for what others changed.
 
         What was written below the card's last line by hand is kept.
 

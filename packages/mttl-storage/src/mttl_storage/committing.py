@@ -4,6 +4,7 @@ import datetime
 import random
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,16 @@ STALE = 60.0
 """Seconds after which staged files are renewed before publishing, so that gc spares them."""
 
 
-def commit(log: Log, base: State, intents: list[Intent], message: str = "") -> State:
+Pages = Callable[[State], Mapping[str, bytes]]
+
+
+def commit(
+    log: Log,
+    base: State,
+    intents: list[Intent],
+    message: str = "",
+    pages: Pages | None = None,
+) -> State:
     """The newest state, in which all intents are true.
 
     Args:
@@ -30,6 +40,7 @@ def commit(log: Log, base: State, intents: list[Intent], message: str = "") -> S
         base: the state in which the writer decided; it is changed by no one.
         intents: done in order, all or none.
         message: for the history.
+        pages: makes files for people to go with it, from the state that it makes.
     """
     transaction = uuid.uuid4().hex
     # Hashing and storing go on together, before what depends on the digests is decided.
@@ -55,7 +66,8 @@ def commit(log: Log, base: State, intents: list[Intent], message: str = "") -> S
         draft.chain = digest_of(entry.to_bytes())
         beside = snapshot_files(draft) if draft.generation % SNAPSHOT_EVERY == 0 else {}
         shown = shown_files(log.store, state, draft, changes)
-        if _published(log, entry, staging, beside, shown, message):
+        made = None if pages is None else partial(pages, draft)
+        if _published(log, entry, staging, beside, shown, message, made):
             return draft
         if time.monotonic() - began > PATIENCE:
             raise Throttled(

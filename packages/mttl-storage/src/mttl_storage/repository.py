@@ -20,6 +20,8 @@ from mttl_storage.store import Store, filesystem
 from mttl_storage.uri import Address
 from mttl_storage.verification import Problem
 
+Pages = Callable[["Repository"], Mapping[str, bytes]]
+
 
 class Repository:
     """One repository as of one generation, which stays the same until ``refresh`` or a commit.
@@ -29,12 +31,18 @@ class Repository:
     """
 
     def __init__(
-        self, log: Log, state: State, read_only: bool = False, pinned: bool = False
+        self,
+        log: Log,
+        state: State,
+        read_only: bool = False,
+        pinned: bool = False,
+        pages: Pages | None = None,
     ) -> None:
         """Users call ``Repository.open``."""
         self._log = log
         self._state = state
         self._pinned = pinned
+        self._pages = pages
         self._lock = threading.RLock()
         self.read_only = read_only or pinned
 
@@ -45,6 +53,7 @@ class Repository:
         token: object = None,
         create: bool = False,
         read_only: bool = False,
+        pages: Pages | None = None,
     ) -> "Repository":
         """The repository at an address, at its newest generation.
 
@@ -53,10 +62,15 @@ class Repository:
             token: a credential for backends that need one; it is never stored or shown.
             create: make the repository if there is none; one that is there is kept.
             read_only: refuse every change.
+            pages: makes files for people to go with each change, such as a README, where change and
+                pages are one commit (the hub); elsewhere it is not called. It gets a view of the
+                generation to come, which has items but not yet their new files, and gives bytes
+                by key. If it raises, or the hub refuses them, the change is committed without them,
+                and a warning says why. Pickling asks for a function of a module.
         """
         log = Log(filesystem(uri, token))
         try:
-            return cls(log, log.newest(), read_only)
+            return cls(log, log.newest(), read_only, pages=pages)
         except NotFound:
             if not create or read_only:
                 raise
@@ -67,7 +81,7 @@ class Repository:
                 f"no repository can be made at {log.store.address!r}: a file is in the way; "
                 "choose another folder"
             ) from None
-        return cls(log, log.newest(), read_only)
+        return cls(log, log.newest(), read_only, pages=pages)
 
     def __repr__(self) -> str:
         """Address and generation, and no credentials."""
@@ -75,7 +89,7 @@ class Repository:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as an address, never with a credential or content."""
-        return _reopen, (self.uri, self.generation, self.read_only, self._pinned)
+        return _reopen, (self.uri, self.generation, self.read_only, self._pinned, self._pages)
 
     @property
     def uri(self) -> str:
@@ -206,7 +220,12 @@ class Repository:
     def _commit(self, wanted: list[Intent], message: str, base: State | None = None) -> None:
         self._check_writable()
         with self._lock:
-            self._state = commit(self._log, base or self._state, wanted, message)
+            pages = self._pages and self._pages_of
+            self._state = commit(self._log, base or self._state, wanted, message, pages)
+
+    def _pages_of(self, state: State) -> Mapping[str, bytes]:
+        view = Repository(self._log, state, pinned=True)
+        return self._pages(view) if self._pages else {}
 
     def _check_writable(self) -> None:
         if self._pinned:
@@ -252,9 +271,11 @@ class Repository:
         return materializing.materialize(self.store, chosen, Path(dest))
 
 
-def _reopen(uri: str, generation: int, read_only: bool, pinned: bool) -> Repository:
-    repository = Repository.open(uri, read_only=read_only)
+def _reopen(
+    uri: str, generation: int, read_only: bool, pinned: bool, pages: Pages | None
+) -> Repository:
+    repository = Repository.open(uri, read_only=read_only, pages=pages)
     if not pinned and repository.generation == generation:
         return repository
     state = repository._log.at(generation)
-    return Repository(repository._log, state, read_only, pinned)
+    return Repository(repository._log, state, read_only, pinned, pages)

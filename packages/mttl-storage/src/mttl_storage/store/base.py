@@ -145,6 +145,7 @@ class Store(AbstractFileSystem):  # type: ignore[misc]
         beside: Mapping[str, bytes] | None = None,
         shown: Mapping[str, str | None] | None = None,
         message: str = "",
+        pages: Callable[[], Mapping[str, bytes]] | None = None,
     ) -> bool:
         """Make a staged commit visible by creating its log entry; False if the key is taken.
 
@@ -155,6 +156,8 @@ class Store(AbstractFileSystem):  # type: ignore[misc]
             beside: further files that only save time; they may come later, or never.
             shown: by path, the key of the file to show there, None for none; see ``shown_folder``.
             message: what was done, where people look at the store itself.
+            pages: makes files for people, by key, to be published by the same commit of the store;
+                not asked where each file is published by itself.
         """
         if not self.put_if_absent(key, data):
             return False

@@ -17,6 +17,7 @@ from mttl_storage.names import PRIVATE
 from mttl_storage.retrying import Failure
 from mttl_storage.store.base import Entry, Staging
 from mttl_storage.store.hub_client import quiet
+from mttl_storage.store.hub_pages import Pages
 from mttl_storage.store.hub_reading import Head, HubFiles, blob_of
 from mttl_storage.store.remote import ANY, upload_of
 from mttl_storage.store.transfer import Stored, Upload, in_parallel, verified
@@ -99,12 +100,14 @@ class HubStore(HubFiles):
         beside: Mapping[str, bytes] | None = None,
         shown: Mapping[str, str | None] | None = None,
         message: str = "",
+        pages: Callable[[], Mapping[str, bytes]] | None = None,
     ) -> bool:
         """Make one hub commit of the staged files, the log entry and what goes with it."""
         files = dict(staging.files) if staging else {}
         small = {path: upload_of(content) for path, content in (beside or {}).items()}
         entry = upload_of(data)
         lost: list[Failure] = []
+        extra = Pages(pages)
         # Operations remember what the repository had, and what of them was done in an earlier try.
         operations: dict[str, list[Any]] = {}
 
@@ -114,12 +117,23 @@ class HubStore(HubFiles):
                 return False
             if head.commit not in operations:
                 view = self._view(shown or {}, files, head.commit)
-                operations[head.commit] = [*self._additions({**files, **small, key: entry}), *view]
-            self._commit(operations[head.commit], head, message)
+                added = {**files, **small, key: entry, **extra.files()}
+                operations[head.commit] = [*self._additions(added), *view]
+            try:
+                self._commit(operations[head.commit], head, message)
+            except Exception as error:
+                if not extra.given_up(error, self._failure(error, "commit to", "")):
+                    raise
+                del operations[head.commit]
+                return attempt()
             return True
 
         published = self._ask("commit to", "", attempt, lost.append)
-        return published or (any(f.unknown for f in lost) and self.cat_file(key) == data)
+        if not published:
+            published = any(f.unknown for f in lost) and self.cat_file(key) == data
+        if published:
+            extra.warn(self.address)
+        return published
 
     def _view(
         self, shown: Mapping[str, str | None], files: Mapping[Any, Upload], commit: str
