@@ -4,6 +4,8 @@ import errno
 import os
 import resource
 import signal
+import tempfile
+import time
 
 import pytest
 
@@ -138,3 +140,23 @@ def test_what_is_there_is_kept_and_nothing_is_left_beside_it(elsewhere, monkeypa
         monkeypatch.setattr("mttl_storage.reading._proven", {})  # as a new process begins
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["weights.bin"]
     assert partials(elsewhere) == []
+
+
+def test_threads_that_are_the_first_to_want_files_in_memory_share_one_folder(
+    new_address, monkeypatch, tmp_path
+):
+    """Else the folder that one of them is told lacks the files that others put into theirs."""
+    made = tempfile.mkdtemp
+
+    def slowly(**options):
+        time.sleep(0.05)
+        return made(dir=tmp_path, **options)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", slowly)
+    monkeypatch.setattr(cache, "_folders", {})
+    repository = Repository.open(new_address("virtual"), create=True)
+    files = {f"{number}.bin": b"%d" % number for number in range(8)}
+    repository.add("experts/a", files)
+    folder = repository.path("experts/a")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    assert len(list(tmp_path.iterdir())) == 1

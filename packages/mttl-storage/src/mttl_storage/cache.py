@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import functools
 import hashlib
 import os
 import shutil
@@ -19,17 +18,22 @@ from mttl_storage.store.base import Store
 from mttl_storage.store.disk import lock, make_folders
 from mttl_storage.store.transfer import CHUNK
 
+_folders: dict[int, Path] = {}
 
-@functools.cache
+
 def _process_folder(process: int) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="mttl-virtual-"))
+    if process not in _folders:
+        folder = Path(tempfile.mkdtemp(prefix="mttl-virtual-"))
+        if _folders.setdefault(process, folder) is folder:
+            atexit.register(_remove_folder, process)
+        else:  # another thread was first
+            folder.rmdir()
+    return _folders[process]
 
-    def remove() -> None:
-        if os.getpid() == process:  # not in a fork of it
-            shutil.rmtree(folder, ignore_errors=True)
 
-    atexit.register(remove)
-    return folder
+def _remove_folder(process: int) -> None:
+    if os.getpid() == process:  # not in a fork of it
+        shutil.rmtree(_folders[process], ignore_errors=True)
 
 
 def cached_folder(store: Store, item: Item) -> Path:
