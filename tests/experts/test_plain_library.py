@@ -59,7 +59,11 @@ def test_plain_adapters_are_a_library_that_is_only_read(place, make_expert, new_
             change()
     assert library.artifacts.get_or_make(library["one"], {"kind": "x"}, lambda: 5) == 5
     assert library.verify() == []
-    assert library.repository.history() == []
+    assert library.repository.history() == library.history() == []
+    with pytest.raises(NotFound, match="'one' of .* has no history: it is a plain PEFT adapter"):
+        library.log("one")
+    with pytest.raises(ExpertNotFoundError, match="no expert 'two'"):
+        library.log("two")
     assert contents(place) == before  # nothing was written
 
     copy = ExpertLibrary.get_expert_library(place, destination_id=new_address("local"))

@@ -17,6 +17,7 @@ from mttl_storage.errors import (
 from mttl_storage.items import FileEntry, Item, content_digest
 from mttl_storage.log import Change, Commit
 from mttl_storage.names import check_name
+from mttl_storage.plain import PlainItem, PlainRepository
 from mttl_storage.repository import Repository
 from mttl_storage.store import filesystem
 from mttl_storage.store.transfer import in_parallel
@@ -36,6 +37,8 @@ __all__ = [
     "InvalidName",
     "Item",
     "NotFound",
+    "PlainItem",
+    "PlainRepository",
     "Problem",
     "ReadOnly",
     "Repository",

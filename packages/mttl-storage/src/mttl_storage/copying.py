@@ -59,7 +59,7 @@ def _is_there(target: Repository, item: Item) -> bool:
 def _files(source: Repository, item: Item) -> dict[str, Upload]:
     """The files as streams, checked on the way, so that memory does not depend on their size."""
     return {
-        file: Upload(Stored(source.store, key_of(source.store, item, file)), *entry)
+        file: Upload(Stored(source.store, key_of(source.folder_of(item), item, file)), *entry)
         for file, entry in item.files.items()
     }
 

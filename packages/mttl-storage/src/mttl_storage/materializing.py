@@ -50,14 +50,20 @@ def shown(store: Store, item: Item) -> Iterator[tuple[str, str]]:
     if store.shown_folder and item.name.startswith(store.shown_folder):
         for file in item.files:
             path = f"{item.name.removeprefix(store.shown_folder)}/{file}"
-            yield path, key_of(store, item, file)
+            yield path, key_of(store.item_folder(item.home, item.digest), item, file)
 
 
-def materialize(store: Store, items: Iterable[Item], dest: Path) -> Path:
-    """Write the files of items below a folder, verified; those that are right are kept."""
+def materialize(store: Store, items: Iterable[tuple[Item, str]], dest: Path) -> Path:
+    """Write the files of items below a folder, verified; those that are right are kept.
+
+    Args:
+        store: that holds them.
+        items: each with the folder in which it lies there.
+        dest: a local folder.
+    """
     dest = dest.absolute()
     wanted: dict[Path, tuple[str, FileEntry]] = {}
-    for item in items:
+    for item, folder in items:
         for file, entry in item.files.items():
             # A log from elsewhere could name anything, so names are checked before they are paths.
             target = (
@@ -65,7 +71,7 @@ def materialize(store: Store, items: Iterable[Item], dest: Path) -> Path:
             )
             if target in wanted:
                 raise ValueError(f"two items would share the file {str(target)!r}; choose names")
-            wanted[target] = (key_of(store, item, file), entry)
+            wanted[target] = (key_of(folder, item, file), entry)
     with translated("create", str(dest)):
         make_folders(str(dest))
 

@@ -3,7 +3,6 @@
 import os
 import threading
 from pathlib import Path
-from typing import BinaryIO
 
 from mttl_storage.cache import cached_folder, fetch
 from mttl_storage.errors import NotFound
@@ -15,30 +14,25 @@ _proven: dict[str, tuple[str, int, int, int]] = {}
 _lock = threading.Lock()
 
 
-def key_of(store: Store, item: Item, file: str) -> str:
-    """Where a file of an item lies in its store; NotFound names the files there are."""
+def key_of(folder: str, item: Item, file: str) -> str:
+    """The key of a file of an item that lies in a folder; NotFound names the files there are."""
     if file not in item.files:
         known = ", ".join(map(repr, sorted(item.files)[:5])) or "no files"
         raise NotFound(f"the item {item.name!r} has no file {file!r}; it has {known}")
-    return f"{store.item_folder(item.home, item.digest)}/{file}"
+    return f"{folder}/{file}".lstrip("/")
 
 
-def read(store: Store, item: Item, file: str) -> bytes:
+def read(store: Store, folder: str, item: Item, file: str) -> bytes:
     """The bytes of a file, or Corrupt."""
-    return store.read_verified(key_of(store, item, file), *item.files[file])
+    return store.read_verified(key_of(folder, item, file), *item.files[file])
 
 
-def open_file(store: Store, item: Item, file: str) -> BinaryIO:
-    """A verified file, open for reading."""
-    return local_file(store, item, file).open("rb")
-
-
-def local_file(store: Store, item: Item, file: str) -> Path:
+def local_file(store: Store, folder: str, item: Item, file: str) -> Path:
     """A verified file on the local disk, to map or to hand to other programs.
 
     A file is read in full once for each digest, inode and time of writing.
     """
-    key, entry = key_of(store, item, file), item.files[file]
+    key, entry = key_of(folder, item, file), item.files[file]
     path = store.local_path(key) if store.on_disk else cached_folder(store, item) / file
     if not _is_proven(path, entry):
         if store.on_disk:
@@ -49,13 +43,13 @@ def local_file(store: Store, item: Item, file: str) -> Path:
     return path
 
 
-def local_folder(store: Store, item: Item) -> Path:
+def local_folder(store: Store, folder: str, item: Item) -> Path:
     """The folder with all files of an item, verified, on the local disk."""
-    in_parallel(lambda file: local_file(store, item, file), item.files)
+    in_parallel(lambda file: local_file(store, folder, item, file), item.files)
     if not item.files:  # nothing is stored, and a reader must not make folders in a repository
         cached_folder(store, item).mkdir(parents=True, exist_ok=True)
     elif store.on_disk:
-        return store.local_path(store.item_folder(item.home, item.digest))
+        return store.local_path(folder)
     return cached_folder(store, item)
 
 

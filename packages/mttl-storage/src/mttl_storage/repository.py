@@ -142,11 +142,12 @@ class Repository:
 
     def read(self, item_name: str, file: str) -> bytes:
         """The bytes of a file; Corrupt if they are not those that were added."""
-        return reading.read(self.store, self.item(item_name), file)
+        item = self.item(item_name)
+        return reading.read(self.store, self.folder_of(item), item, file)
 
     def open_file(self, item_name: str, file: str) -> BinaryIO:
         """A file open for reading, verified before."""
-        return reading.open_file(self.store, self.item(item_name), file)
+        return self.path(item_name, file).open("rb")
 
     def path(self, item_name: str, file: str | None = None) -> Path:
         """A file, or the item's whole folder, on the local disk; verified, and fit for mmap.
@@ -154,9 +155,15 @@ class Repository:
         For ``local://`` it is the stored file itself: do not write to it. For ``virtual://`` it is
         a copy in a temporary folder that ends with this process.
         """
+        item = self.item(item_name)
+        folder = self.folder_of(item)
         if file is None:
-            return reading.local_folder(self.store, self.item(item_name))
-        return reading.local_file(self.store, self.item(item_name), file)
+            return reading.local_folder(self.store, folder, item)
+        return reading.local_file(self.store, folder, item, file)
+
+    def folder_of(self, item: Item) -> str:
+        """The key of the folder in the store that an item's files lie in."""
+        return self.store.item_folder(item.home, item.digest)
 
     # Writing: each is one commit, after which this object reads the generation it made.
 
@@ -268,7 +275,8 @@ class Repository:
     def materialize(self, dest: str | PathLike[str], names: Iterable[str] | None = None) -> Path:
         """Write items to a plain folder, ``experts/foo`` as ``foo``; right files are kept."""
         chosen = [self.item(n) for n in names] if names is not None else self.items().values()
-        return materializing.materialize(self.store, chosen, Path(dest))
+        placed = ((item, self.folder_of(item)) for item in chosen)
+        return materializing.materialize(self.store, placed, Path(dest))
 
 
 def _reopen(

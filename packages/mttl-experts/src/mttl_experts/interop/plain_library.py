@@ -5,14 +5,11 @@ Nothing is copied or written there. It has one generation, and no history, artif
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
-from os import PathLike
-from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 from mttl_experts.changing import LibraryWriter
 from mttl_experts.errors import UnsupportedAdapterError
@@ -20,23 +17,15 @@ from mttl_experts.expert import CONFIG_FILE, WEIGHTS_FILE
 from mttl_experts.library import ExpertLibrary
 from mttl_experts.selection import EXPERTS, Selection, check_expert_name
 from mttl_storage import (
-    Address,
-    Commit,
     Corrupt,
     FileEntry,
     NotFound,
-    Problem,
+    PlainItem,
+    PlainRepository,
     ReadOnly,
-    Repository,
-    content_digest,
-    filesystem,
     in_parallel,
     parse_uri,
 )
-from mttl_storage.cache import cached_folder, fetch
-from mttl_storage.items import encode_line
-from mttl_storage.log import Log
-from mttl_storage.state import State
 from mttl_storage.store import Entry, Store
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -74,7 +63,8 @@ class PlainExpertLibrary(ExpertLibrary):
             UnsupportedAdapterError: when one has no safetensors; it can be imported.
         """
         chosen = Selection.of(model_name, selection, exclude_selection)
-        repository = PlainRepository(parse_uri(repo_id, default_scheme), token)
+        address = parse_uri(repo_id, default_scheme)
+        repository = PlainRepository(address, look, token, what="PEFT adapters")
         LibraryWriter.__init__(self, repository, chosen, True)
         self._token = token
 
@@ -87,112 +77,23 @@ class PlainExpertLibrary(ExpertLibrary):
         run_import(target, plan_import(target, choose([found], self.keys())))
         return target.refresh()
 
-    def _expert_writer(self) -> NoReturn:
-        raise ReadOnly(_only_read(self.uri))
-
-
-class PlainRepository(Repository):
-    """Adapters as the items of a repository that has no log."""
-
-    def __init__(self, address: Address, token: object = None) -> None:
-        """Look at an address."""
-        store = filesystem(address, token)
-        state, self._places = _look(store)
-        super().__init__(Log(store), state, read_only=True)
-
-    def refresh(self) -> Repository:
-        """Look again."""
-        self._state, self._places = _look(self.store)
-        return self
-
-    def read(self, item_name: str, file: str) -> bytes:
-        """The bytes of a file; Corrupt if it was changed since it was looked at."""
-        key, entry = self._find(item_name, file)
-        content: bytes = self.store.cat_file(key)
-        if FileEntry(len(content), hashlib.sha256(content).hexdigest()) != entry:
-            raise Corrupt(self._changed(key))
-        return content
-
-    def open_file(self, item_name: str, file: str) -> BinaryIO:
-        """A file open for reading, verified before."""
-        return self.path(item_name, file).open("rb")
-
-    def path(self, item_name: str, file: str | None = None) -> Path:
-        """A verified file, or the folder, on the local disk: the very one, if it lies there."""
-        item = self.item(item_name)
-        paths = []
-        for each in item.files if file is None else [file]:
-            key, entry = self._find(item_name, each)
-            if self.store.on_disk:
-                try:
-                    self.store.check(key, *entry)
-                except Corrupt:
-                    raise Corrupt(self._changed(key)) from None
-                paths.append(self.store.local_path(key))
-            else:
-                paths.append(cached_folder(self.store, item) / each)
-                fetch(self.store, key, entry, paths[-1])
-        return paths[0] if file is not None else paths[0].parent
-
-    def materialize(self, dest: str | PathLike[str], names: Iterable[str] | None = None) -> Path:
-        """Write adapters to folders by their names."""
-        for name in self if names is None else names:
-            folder = Path(dest, name.removeprefix(EXPERTS))
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in self.item(name).files:
-                (folder / file).write_bytes(self.read(name, file))
-        return Path(dest)
-
-    def verify(self, progress: Callable[[int, int, str], None] | None = None) -> list[Problem]:
-        """What was changed since it was looked at."""
-        problems = []
-        for done, (name, item) in enumerate(self.items().items(), 1):
-            for file in item.files:
-                try:
-                    self.read(name, file)
-                except (Corrupt, NotFound) as error:
-                    problems.append(Problem(name, str(error)))
-            if progress is not None:
-                progress(done, len(self), name)
-        return problems
-
-    def history(self) -> list[Commit]:
-        """There is none."""
-        return []
-
-    def at(self, generation: int) -> Repository:
-        """There is but what lies there now."""
+    def log(self, name: str, facts: bool = False) -> NoReturn:
+        """There is none: NotFound, saying how to keep one."""
+        self._item(name)
         raise NotFound(
-            f"{self.uri} holds plain adapters, which have no generations; were they changed? open "
-            "it again"
+            f"expert {name!r} of {self.uri} has no history: it is a plain PEFT adapter, shown as "
+            "it lies; copy it to a library with copy_to, which keeps one from then on"
         )
 
-    def _find(self, item_name: str, file: str) -> tuple[str, FileEntry]:
-        item = self.item(item_name)
-        if file not in item.files:
-            raise NotFound(f"the item {item_name!r} has no file {file!r}")
-        return self._places[item_name] + file, item.files[file]
-
-    def _changed(self, key: str) -> str:
-        return f"{self.store.address_of(key)!r} was changed since it was looked at; open it again"
-
-    def _check_writable(self) -> NoReturn:
-        raise ReadOnly(_only_read(self.uri))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as an address, never with a credential."""
-        return PlainRepository, (parse_uri(self.uri),)
+    def _expert_writer(self) -> NoReturn:
+        raise ReadOnly(
+            f"{self.uri} holds plain PEFT adapters, which are only read, as they lie; copy them to "
+            "a library with copy_to, or import them, to change anything"
+        )
 
 
-def _only_read(uri: str) -> str:
-    return (
-        f"{uri} holds plain PEFT adapters, which are only read, as they lie; copy them to a "
-        "library with copy_to, or import them, to change anything"
-    )
-
-
-def _look(store: Store) -> tuple[State, dict[str, str]]:
-    """The adapters in a store as the items of a generation 0, and where each of them lies."""
+def look(store: Store) -> list[PlainItem]:
+    """The adapters in a store; their weights are read for their digest where the hub has none."""
     entries = {entry.key: entry for entry in store.scan("")}
     places = sorted(
         key.removesuffix(CONFIG_FILE)
@@ -205,21 +106,18 @@ def _look(store: Store) -> tuple[State, dict[str, str]]:
             f"there is no repository and no PEFT adapter at {store.address!r}; check the address, "
             f"or pass create=True to make a library{store.missing_hint}"
         )
-    lines: dict[str, bytes] = {}
     named: dict[str, str] = {}
     for place in places:
-        other = named.setdefault(EXPERTS + (name := _name(store, place)), place)
+        other = named.setdefault(name := _name(store, place), place)
         if other != place:
             raise UnsupportedAdapterError(
                 f"{store.address_of(other)!r} and {store.address_of(place)!r} would both be the "
                 f"expert {name!r}; import them into a library under names of their own"
             )
 
-    def look(name: str) -> None:
-        lines[name] = encode_line(name, _record(store, named[name], entries))
-
-    in_parallel(look, named)
-    return State(0, "", live=lines), named
+    found: list[PlainItem] = []
+    in_parallel(lambda name: found.append(_adapter(store, name, named[name], entries)), named)
+    return found
 
 
 def _name(store: Store, place: str) -> str:
@@ -227,7 +125,7 @@ def _name(store: Store, place: str) -> str:
     return check_expert_name(whole)
 
 
-def _record(store: Store, place: str, entries: dict[str, Entry]) -> dict[str, Any]:
+def _adapter(store: Store, name: str, place: str, entries: dict[str, Entry]) -> PlainItem:
     if place + WEIGHTS_FILE not in entries:
         raise UnsupportedAdapterError(
             f"the adapter {store.address_of(place)!r} has no {WEIGHTS_FILE!r}, so it cannot be "
@@ -253,10 +151,4 @@ def _record(store: Store, place: str, entries: dict[str, Entry]) -> dict[str, An
     for key, field in (("base_model_name_or_path", "expert_model"), ("revision", "model_revision")):
         if isinstance(config.get(key), str) and config[key]:
             facts[field] = config[key]
-    return {
-        "digest": content_digest(files),
-        "files": {file: list(entry) for file, entry in files.items()},
-        "info": facts,
-        "generation": 0,
-        "time": datetime.datetime.fromtimestamp(weights.time, datetime.UTC).isoformat(),
-    }
+    return PlainItem(EXPERTS + name, place, files, facts, weights.time)
