@@ -129,6 +129,8 @@ def test_log_follows_an_expert_through_its_names(library, make_expert):
     assert events[1].digest == make_expert("e2", seed=1).digest
     assert events[3].source == "e1"
     assert events[4].facts == {"metrics": (None, {"loss": 2.0})}
+    assert events[2].facts == {"expert_name": ("e1", "e2")}
+    assert [event.facts for event in library.log("e2")] == [{}] * 6
     assert [event.kind for event in library.log("other")] == ["info", "add"]
     assert library.log("e1")[0].name == "e2"
     with pytest.raises(ExpertNotFoundError, match="'nope'"):

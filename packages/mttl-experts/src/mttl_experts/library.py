@@ -188,7 +188,7 @@ class ExpertLibrary(LibraryWriter):
 
         Args:
             name: as it is called now, or was last.
-            facts: say which facts each change changed, for which older generations are read.
+            facts: say which facts each change changed.
         """
         return log(self, name, facts)
 

@@ -10,7 +10,7 @@ from mttl_experts.errors import ExpertError, expert_not_found
 from mttl_experts.lineage import Known, Node
 from mttl_experts.scores import Score
 from mttl_experts.selection import EXPERTS
-from mttl_storage import Change, Commit, NotFound
+from mttl_storage import Change, Commit
 
 if TYPE_CHECKING:
     from mttl_experts.changing import LibraryWriter
@@ -68,18 +68,22 @@ class ScoreNotFoundError(ExpertError, LookupError):
 
 def log(library: LibraryWriter, name: str, facts: bool = False) -> list[Event]:
     """Changes of one expert, newest first; see ``ExpertLibrary.log``."""
-    events: list[Event] = []
+    found: list[tuple[Commit, Change]] = []
     current = EXPERTS + name
     for commit in reversed(library.repository.history()):
         for change in reversed(commit.changes):
             if change.name == current:
-                events.append(_event(library, commit, change, facts))
+                found.append((commit, change))
                 current = change.source or current
             elif change.source == current:  # another had the name, and gave it up
-                events.append(_event(library, commit, change, facts))
-    if not events:
+                found.append((commit, change))
+    if not found:
         raise expert_not_found(library.uri, name, library.keys())
-    return events
+    before = [change.info or {} for _, change in found[1:]] + [{}]
+    return [
+        _event(commit, change, changed_facts(info, change.info or {}) if facts else {})
+        for (commit, change), info in zip(found, before, strict=True)
+    ]
 
 
 def blame(library: LibraryWriter, score: Score | str) -> Blame:
@@ -110,16 +114,7 @@ def _find(library: LibraryWriter, beginning: str) -> Score:
     return found[0]
 
 
-def _event(library: LibraryWriter, commit: Commit, change: Change, facts: bool) -> Event:
-    changed: dict[str, tuple[Any, Any]] = {}
-    if facts and change.kind in ("info", "replace"):
-        before = library.repository.at(commit.generation - 1)
-        after = library.repository.at(commit.generation)
-        try:
-            old = before.item(change.name).info
-        except NotFound:  # renamed by the same commit
-            old = after.item(change.name).info
-        changed = changed_facts(old, after.item(change.name).info)
+def _event(commit: Commit, change: Change, facts: dict[str, tuple[Any, Any]]) -> Event:
     return Event(
         commit.generation,
         commit.time,
@@ -128,5 +123,5 @@ def _event(library: LibraryWriter, commit: Commit, change: Change, facts: bool) 
         change.name.removeprefix(EXPERTS),
         change.digest,
         change.source and change.source.removeprefix(EXPERTS),
-        changed,
+        facts if change.kind in ("info", "replace") else {},
     )

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mttl_storage.errors import Corrupt, NotFound
@@ -37,6 +37,7 @@ class Change:
         digest: of its content after the change, None if it has none.
         previous: of its content before.
         source: for a rename, the old name.
+        info: of the item after the change, None if it is gone. It takes no part in comparisons.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Change:
     digest: str | None = None
     previous: str | None = None
     source: str | None = None
+    info: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -296,11 +298,13 @@ def snapshot_key(generation: int) -> str:
 
 
 def _public(change: Mapping[str, Any]) -> Change:
-    kind, item, was = change["kind"], change.get("item"), change.get("was")
+    kind, was = change["kind"], change.get("was")
+    item = change["item"] if kind not in ("remove", "forget") else None
     return Change(
         kind,
         change["name"],
-        item["digest"] if item and kind != "remove" else None,
+        item["digest"] if item else None,
         was[1] if was else None,
         change.get("source"),
+        item["info"] if item else None,
     )

@@ -183,5 +183,5 @@ def differences(a: State, b: State) -> list[Change]:
         else:
             continue
         digest, previous = new.digest if new else None, old.digest if old else None
-        found.append(Change(kind, name, digest, previous))
+        found.append(Change(kind, name, digest, previous, info=new.info if new else None))
     return found
