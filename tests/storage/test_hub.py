@@ -286,6 +286,27 @@ def noting(ranges, store):
     return request
 
 
+def test_a_request_that_was_given_up_for_its_silence_is_given_more_time(
+    hub, repository, monkeypatch
+):
+    for name, seconds in (("SILENT_SECONDS", 0.25), ("LONGEST_SILENT_SECONDS", 3.0)):
+        monkeypatch.setattr(hub_client, name, seconds)
+    repository.store.pipe_file("slow", b"1")
+    hub.requests.clear()
+    hub.faults.add(Stall(0.8), path="slow")
+    assert repository.store.cat_file("slow") == b"1"
+    assert 3 <= len(hub.requests) <= 4  # after 0.25, 0.5, 1 and 2 s of silence
+    hub.faults.clear()
+
+
+def test_what_was_uploaded_before_a_commit_is_not_asked_for_again(hub, repository):
+    hub.requests.clear()
+    repository.add("experts/new", {"adapter_model.safetensors": b"x" * 3000, "config.json": b"{}"})
+    assert sum(path.endswith("/objects/batch") for _, path in hub.requests) == 1
+    assert len(hub.requests) == 7
+    assert repository.verify() == []
+
+
 def test_two_processes_that_want_a_file_download_it_once(hub, repository, tmp_path):
     item = repository.add("experts/a", {"large.safetensors": os.urandom(2_000_000)})
     sha256 = item.files["large.safetensors"].sha256

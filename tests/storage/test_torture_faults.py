@@ -33,13 +33,12 @@ def hurry(monkeypatch, scheme):
 
         monkeypatch.setattr(azure, "SILENT_SECONDS", silent)
         return
-    import httpx2
     from huggingface_hub.utils import http_backoff
 
-    from mttl_storage.store import hub_client, hub_reading
+    from mttl_storage.store import hub_client
 
-    for module in (hub_client, hub_reading):
-        monkeypatch.setattr(module, "TIMEOUT", httpx2.Timeout(silent))
+    for name in ("SILENT_SECONDS", "LONGEST_SILENT_SECONDS"):
+        monkeypatch.setattr(hub_client, name, silent)
     for name, seconds in (("base_wait_time", 0.02), ("max_wait_time", 0.1)):
         monkeypatch.setitem(http_backoff.__kwdefaults__, name, seconds)
 

@@ -8,7 +8,7 @@ as well, where PEFT and others look. Both are one object in the hub's storage.
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,9 +38,13 @@ _SMALL = 1 << 20
 
 @dataclasses.dataclass
 class _Staging(Staging):
-    """With the folder that keeps those that came from elsewhere."""
+    """With the folder that keeps those that came from elsewhere.
+
+    Those of ``large`` are with the hub already, outside of git.
+    """
 
     folder: tempfile.TemporaryDirectory[str] | None = None
+    large: set[str] = dataclasses.field(default_factory=set)
 
 
 class HubStore(HubFiles):
@@ -84,6 +88,7 @@ class HubStore(HubFiles):
         if staging.files:
             additions = self._additions(staging.files)
             self._ask("upload to", "", lambda: self._preupload(additions))
+            staging.large = {a.path_in_repo for a in additions if a._upload_mode == "lfs"}
         return staging
 
     def _preupload(self, additions: list[CommitOperationAdd]) -> None:
@@ -104,6 +109,7 @@ class HubStore(HubFiles):
     ) -> bool:
         """Make one hub commit of the staged files, the log entry and what goes with it."""
         files = dict(staging.files) if staging else {}
+        large = staging.large if isinstance(staging, _Staging) else set()
         small = {path: upload_of(content) for path, content in (beside or {}).items()}
         entry = upload_of(data)
         lost: list[Failure] = []
@@ -116,9 +122,9 @@ class HubStore(HubFiles):
             if head.entry is not None:
                 return False
             if head.commit not in operations:
-                view = self._view(shown or {}, files, head.commit)
+                view = self._view(shown or {}, files, large, head.commit)
                 added = {**files, **small, key: entry, **extra.files()}
-                operations[head.commit] = [*self._additions(added), *view]
+                operations[head.commit] = [*self._additions(added, large), *view]
             try:
                 self._commit(operations[head.commit], head, message)
             except Exception as error:
@@ -136,13 +142,17 @@ class HubStore(HubFiles):
         return published
 
     def _view(
-        self, shown: Mapping[str, str | None], files: Mapping[Any, Upload], commit: str
+        self,
+        shown: Mapping[str, str | None],
+        files: Mapping[Any, Upload],
+        large: Set[str | None],
+        commit: str,
     ) -> list[Any]:
         """The operations that show items by their names."""
         view: list[Any] = []
         for path, key in shown.items():
             if key in files:
-                view.append(_addition(path, files[key]))
+                view.append(_addition(path, files[key], key in large))
             elif key is not None:
                 view.append(CommitOperationCopy(key, path, src_revision=commit))
         dropped = [path for path, key in shown.items() if key is None]
@@ -156,9 +166,11 @@ class HubStore(HubFiles):
             there += self._api.get_paths_info(paths=some, revision=commit, **self._where)
         return [CommitOperationDelete(found.path, is_folder=False) for found in there]
 
-    def _additions(self, files: Mapping[str, Upload]) -> list[CommitOperationAdd]:
+    def _additions(
+        self, files: Mapping[str, Upload], large: Set[str | None] = frozenset()
+    ) -> list[CommitOperationAdd]:
         """Fresh operations, to be used on one commit of the repository."""
-        return [_addition(path, upload) for path, upload in files.items()]
+        return [_addition(path, upload, path in large) for path, upload in files.items()]
 
     def _commit(self, operations: list[Any], head: Head, message: str) -> str:
         additions = [each for each in operations if isinstance(each, CommitOperationAdd)]
@@ -235,14 +247,22 @@ class HubStore(HubFiles):
         return list(entries) if gone else []
 
 
-def _addition(path: str, upload: Upload) -> CommitOperationAdd:
-    """The operation for a file whose digest is known, so that the client need not find it."""
+def _addition(path: str, upload: Upload, is_there: bool = False) -> CommitOperationAdd:
+    """The operation for a file whose digest is known, so that the client need not find it.
+
+    Args:
+        path: where to show it.
+        upload: the file.
+        is_there: whether the hub has its bytes already, so that the client need not ask.
+    """
     source = upload.source
     if upload.size <= _SMALL:
         source = b"".join(verified(upload))
     operation = CommitOperationAdd(path, b"")
     operation.path_or_fileobj = source if isinstance(source, bytes) else str(source)
     operation.upload_info = UploadInfo(upload.size, _sample(source), bytes.fromhex(upload.sha256))
+    if is_there:
+        operation._upload_mode, operation._is_uploaded = "lfs", True
     return operation
 
 

@@ -1,9 +1,12 @@
 """What is needed of huggingface_hub beyond its calls: time-outs, silence, what errors mean."""
 
 import contextlib
+import math
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from mttl_storage.errors import (
@@ -27,14 +30,19 @@ except ImportError as error:
 
 LIBRARY = "mttl-storage"
 CONNECT_SECONDS = 10.0
-SILENT_SECONDS = 15.0
-"""How long to wait for a connection, and for the next byte on it."""
-TIMEOUT = httpx2.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS)
+"""How long to wait for a connection."""
+SILENT_SECONDS = 5.0
+"""How long to wait for the next byte; twice as long each time the same request was given up."""
+LONGEST_SILENT_SECONDS = 15.0
+"""The most that it becomes; uploads, which the client makes in threads of its own, begin here."""
 
 _PASSING = {408, 429, 500, 502, 503, 504}
 _CONNECTION_PATIENCE = 20.0
 _FULL = ("storage limit", "storage quota", "storage patterns", "exceeded")
 _lock = threading.Lock()
+_Waits = dict[tuple[str, str], tuple[float, float]]
+# When each request was last made, by method and address, and how long it might be silent.
+_waits: ContextVar[_Waits | None] = ContextVar("waits", default=None)
 
 
 def connect(token: object) -> tuple[HfApi, str]:
@@ -81,7 +89,34 @@ def _bound(request: httpx2.Request) -> None:
     ours = LIBRARY in request.headers.get("user-agent", "")
     upload = request.method == "PUT" and "authorization" not in request.headers
     if (ours or upload) and not any(request.extensions.get("timeout", {}).values()):
-        request.extensions = {**request.extensions, "timeout": TIMEOUT.as_dict()}
+        timeout = httpx2.Timeout(_silence(request), connect=CONNECT_SECONDS)
+        request.extensions = {**request.extensions, "timeout": timeout.as_dict()}
+
+
+def _silence(request: httpx2.Request) -> float:
+    """Seconds that the answer to a request may be silent.
+
+    A commit of many files takes the hub long, while most silence is a connection that broke.
+    """
+    waits = _waits.get()
+    if waits is None:
+        return LONGEST_SILENT_SECONDS
+    which, now = (request.method, str(request.url)), time.monotonic()
+    began, seconds = waits.get(which, (math.inf, SILENT_SECONDS))
+    if now - began >= seconds:
+        seconds = min(2 * seconds, LONGEST_SILENT_SECONDS)
+    waits[which] = now, seconds
+    return seconds
+
+
+@contextlib.contextmanager
+def waiting_longer_each_time() -> Iterator[None]:
+    """A block in which a request that was given up for its silence is given more time the next."""
+    token = _waits.set({})
+    try:
+        yield
+    finally:
+        _waits.reset(token)
 
 
 def _bound_requests() -> None:

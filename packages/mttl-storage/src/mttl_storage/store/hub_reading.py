@@ -1,14 +1,14 @@
 """Reading a repository of the Hugging Face Hub: files of its main branch, and the newest commit."""
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mttl_storage.errors import Conflict, NotFound, StorageError
 from mttl_storage.retrying import Failure
 from mttl_storage.store.base import Entry
-from mttl_storage.store.hub_client import TIMEOUT, connect, failure_of
+from mttl_storage.store.hub_client import connect, failure_of, waiting_longer_each_time
 from mttl_storage.store.remote import Body, RemoteStore
 from mttl_storage.store.transfer import CHUNK
 from mttl_storage.uri import hub_parts
@@ -20,6 +20,8 @@ from huggingface_hub.utils._http import hf_raise_for_status  # isort: skip
 
 BRANCH = "main"
 _REDIRECTS = 5
+
+_Answer = TypeVar("_Answer")
 
 
 class Head(NamedTuple):
@@ -59,7 +61,6 @@ class HubFiles(RemoteStore):
             method,
             url,
             headers={**credentials, "Accept-Encoding": "identity", **headers},
-            timeout=TIMEOUT,
         )
         return session.send(request, stream=True, follow_redirects=method == "GET")
 
@@ -145,6 +146,16 @@ class HubFiles(RemoteStore):
             raise NotFound(f"{self.address_of(key)!r} does not exist")
         moment: datetime.datetime = found[0].last_commit.date
         return moment
+
+    def _ask(
+        self,
+        doing: str,
+        key: str,
+        action: Callable[[], _Answer],
+        noted: Callable[[Failure], None] | None = None,
+    ) -> _Answer:
+        with waiting_longer_each_time():
+            return super()._ask(doing, key, action, noted)
 
     def _failure(self, error: Exception, doing: str, key: str) -> Failure | None:
         if isinstance(error, StorageError):
