@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import click
+from library_add import add
 from library_changes import card, copy, gc, remove, rename, restore, tag
 from library_export import export
 from library_history import blame, diff, lineage, log
@@ -123,7 +124,7 @@ def _row(library: ExpertLibrary, name: str, info: ExpertInfo) -> dict[str, Any]:
 
 
 for command in (
-    *(blame, card, copy, diff, export, gc, import_experts),
+    *(add, blame, card, copy, diff, export, gc, import_experts),
     *(lineage, log, merge, remove, rename, restore, search, tag),
 ):
     main.add_command(command)

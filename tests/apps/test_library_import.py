@@ -109,3 +109,35 @@ def test_two_adapters_of_one_name_are_told_apart_or_refused(app, adapter):
     listed = app("library", "list", adapter("c").parent)
     assert listed.exit_code == 1
     assert "would both be the expert 'a-b'" in " ".join(listed.output.split())
+
+
+def test_add_takes_one_adapter_leaves_the_same_and_replaces_when_told(app, adapter):
+    def add(*args):
+        return app("library", "add", *args, "--library", "local://lib", "--json")
+
+    first = json.loads(add(adapter("one"), "--task", "a", "--task", "b").stdout)
+    assert first["changed"]
+    library = ExpertLibrary("local://lib")
+    assert library["one"].expert_info.tasks == ("a", "b")
+    assert library.digest("one") == first["digest"]
+    again = json.loads(add(adapter("one"), "--task", "a", "--task", "b").stdout)
+    assert not again["changed"]
+
+    other = adapter("one", seed=1)
+    refused = add(other)
+    assert isinstance(refused.exception, SystemExit)
+    assert "another name" in refused.output or "replace" in refused.output
+    replaced = json.loads(add(other, "--replace").stdout)
+    assert replaced["digest"] != first["digest"]
+    assert ExpertLibrary("local://lib").at(1).digest("one") == first["digest"]
+    named = json.loads(add(other, "--name", "two").stdout)
+    assert (named["expert"], named["digest"]) == ("two", replaced["digest"])
+
+
+@pytest.mark.parametrize(("source", "word"), [("adapters", "import"), ("nowhere", "nowhere")])
+def test_add_refuses_what_is_not_one_adapter(app, adapter, tmp_path, source, word):
+    adapter("one"), adapter("two", seed=1)
+    outcome = app("library", "add", tmp_path / source, "--library", "local://lib")
+    assert isinstance(outcome.exception, SystemExit), outcome.exception
+    assert word in outcome.output
+    assert not (tmp_path / "lib").exists()
