@@ -20,12 +20,15 @@ Experts = Iterable[Expert] | Mapping[str, Expert] | ExpertLibrary
 def experts_of(source: Experts) -> list[Expert]:
     """The experts of a library, of a mapping by name, or of any iterable, in its own order.
 
+    Those of a library come with their weights at hand.
+
     Raises:
         ValueError: when there are none.
         TypeError: naming what is no expert, such as a name.
     """
-    values = source.values() if isinstance(source, (Mapping, ExpertLibrary)) else source
-    experts = list(values)
+    if isinstance(source, ExpertLibrary):
+        source = source.load()  # verified and mapped together
+    experts = list(source.values() if isinstance(source, Mapping) else source)
     if not experts:
         raise ValueError("no experts were given; give at least one, or a library that has some")
     for expert in experts:

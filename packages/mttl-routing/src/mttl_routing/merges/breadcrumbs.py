@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from mttl_routing.merges.dense import Matrix, dense_sum
 from mttl_routing.merges.rule import Update, check_share
+from mttl_routing.merges.selection import nth_largest
 
 
-def masked(delta: Tensor, density: float, gamma: float) -> Tensor:
-    """``delta`` with its largest entries set to zero, and all but the next largest ones.
+def mask(delta: Matrix, density: float, gamma: float) -> None:
+    """Set the largest entries of ``delta`` to zero, and all but the next largest ones. In place.
 
     In falling order of magnitude the first ``gamma`` share goes, the next ``density`` share stays
     and the rest goes. Entries as large as the first or the last of those that stay do so too, so
     nothing depends on the order of equals.
     """
-    size = delta.abs()
-    outliers = round(gamma * size.numel())
-    stay = min(max(1, round(density * size.numel())), size.numel() - outliers)
-    largest = size.numel() - outliers - 1  # its place in rising order
-    least = largest - stay + 1
-    rising = np.partition(size.flatten().numpy(), (least, largest))
-    inside = (size >= float(rising[least])) & (size <= float(rising[largest]))
-    return torch.where(inside, delta, 0.0)
+    size = np.abs(delta)
+    outliers = round(gamma * delta.size)
+    stay = min(max(1, round(density * delta.size)), delta.size - outliers)
+    largest = nth_largest(size.ravel(), outliers + 1)
+    least = nth_largest(size.ravel(), outliers + stay)
+    np.multiply(delta, (size >= least) & (size <= largest), out=delta)
 
 
 def breadcrumbs(
@@ -47,7 +46,4 @@ def breadcrumbs(
         raise ValueError(
             f"gamma is {gamma!r} with density {density!r}; both are shares, of 1 together at most"
         )
-    merged = torch.zeros(updates[0].shape)
-    for update in updates:
-        merged.add_(masked(update.dense(), density, gamma), alpha=update.weight)
-    return merged
+    return dense_sum(updates, lambda delta, _: mask(delta, density, gamma))

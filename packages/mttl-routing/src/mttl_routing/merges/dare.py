@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 from torch import Tensor
 
+from mttl_routing.merges.dense import Matrix, dense_sum
 from mttl_routing.merges.drawing import kept
 from mttl_routing.merges.rule import Update, check_share
-from mttl_routing.merges.ties import agreement, trimmed
+from mttl_routing.merges.ties import agreement, trim
 
 
-def dropped(update: Update, density: float, seed: int) -> Tensor:
-    """ΔW of which each entry stays with probability ``density``, divided by it; else it is zero."""
-    delta = update.dense()
-    if density == 1.0:
-        return delta
-    stays = kept(density, update.shape, seed, update.source)
-    return torch.where(stays, delta / density, 0.0)
+def drop(delta: Matrix, update: Update, density: float, seed: int) -> None:
+    """Each entry stays with probability ``density``, divided by it; else it is zero. In place."""
+    if density < 1.0:
+        stays = kept(density, update.shape, seed, update.source)
+        np.multiply(delta, stays, out=delta)
+        np.divide(delta, np.float32(density), out=delta)
 
 
 def dare_linear(updates: Sequence[Update], *, density: float = 0.5, seed: int = 0) -> Tensor:
@@ -33,10 +33,7 @@ def dare_linear(updates: Sequence[Update], *, density: float = 0.5, seed: int = 
         seed: of the draws.
     """
     check_share("density", density)
-    merged = torch.zeros(updates[0].shape)
-    for update in updates:
-        merged.add_(dropped(update, density, seed), alpha=update.weight)
-    return merged
+    return dense_sum(updates, lambda delta, update: drop(delta, update, density, seed))
 
 
 def dare_ties(
@@ -57,7 +54,8 @@ def dare_ties(
     check_share("density", density)
     check_share("ties_density", ties_density)
 
-    def thinned(update: Update) -> Tensor:
-        return trimmed(dropped(update, density, seed), ties_density)
+    def thin(delta: Matrix, update: Update) -> None:
+        drop(delta, update, density, seed)
+        trim(delta, ties_density)
 
-    return agreement(updates, "dare_ties", thinned)
+    return agreement(updates, "dare_ties", thin)

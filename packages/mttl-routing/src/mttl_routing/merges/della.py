@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mttl_routing.merges.dense import Matrix
 from mttl_routing.merges.drawing import kept
 from mttl_routing.merges.rule import Update, check_share
 from mttl_routing.merges.ties import agreement
@@ -53,12 +54,11 @@ def della(
             "epsilon must be in (0, 1]"
         )
 
-    def sampled(update: Update) -> Tensor:
-        delta = update.dense()
-        if density == 1.0:
-            return delta
-        chance = chances(delta, density, epsilon)
-        stays = kept(chance, update.shape, seed, update.source)
-        return torch.where(stays, delta / chance, 0.0)
+    def sample(delta: Matrix, update: Update) -> None:
+        if density < 1.0:
+            chance = chances(torch.from_numpy(delta), density, epsilon).numpy()
+            stays = kept(chance.astype(np.float64), update.shape, seed, update.source)
+            np.multiply(delta, stays, out=delta)
+            np.divide(delta, chance, out=delta)
 
-    return agreement(updates, "della", sampled)
+    return agreement(updates, "della", sample)

@@ -13,13 +13,12 @@ import math
 import sys
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 _WORD = 2.0**32
 
 
-def draws(shape: tuple[int, ...], seed: int, source: str) -> np.ndarray[tuple[int, ...], np.dtype]:
+def draws(shape: tuple[int, ...], seed: int, source: str) -> npt.NDArray[np.uint32]:
     """Whole numbers below 2**32, uniform and independent, one an element.
 
     Args:
@@ -36,7 +35,9 @@ def draws(shape: tuple[int, ...], seed: int, source: str) -> np.ndarray[tuple[in
     return words.view("<u4")[:count].reshape(shape)
 
 
-def kept(share: float | Tensor, shape: tuple[int, ...], seed: int, source: str) -> Tensor:
+def kept(
+    share: float | npt.NDArray[np.float64], shape: tuple[int, ...], seed: int, source: str
+) -> npt.NDArray[np.bool_]:
     """Which elements stay where each does with a probability: bool of ``shape``.
 
     Args:
@@ -45,6 +46,6 @@ def kept(share: float | Tensor, shape: tuple[int, ...], seed: int, source: str) 
         seed: and ``source``: as for :func:`draws`.
     """
     words = draws(shape, seed, source)
-    if isinstance(share, Tensor):
-        return torch.from_numpy(words < share.double().numpy() * _WORD)
-    return torch.from_numpy(words < share * _WORD)
+    if isinstance(share, float):
+        return words < np.uint32(min(round(share * _WORD), 2**32 - 1))
+    return words < share * _WORD

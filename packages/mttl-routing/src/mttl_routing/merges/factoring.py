@@ -38,7 +38,8 @@ def factored(update: LowRank | Tensor, rank: int | None = None) -> Factored:
 
     Without ``rank`` nothing is lost: factors whose rank is at most min(o, i) stay as they are, and
     anything else is ΔW beside an identity, which is exact where an SVD would round. With it,
-    the best approximation of that rank, from two thin QRs and a small SVD where there are factors.
+    the best approximation of that rank, from two thin QRs and a small SVD where there are factors
+    of low rank.
 
     Args:
         update: factors, or ΔW as (o, i).
@@ -60,8 +61,7 @@ def factored(update: LowRank | Tensor, rank: int | None = None) -> Factored:
         if out_features <= in_features:
             return Factored(update, torch.eye(out_features), energy)
         return Factored(torch.eye(in_features), update, energy)
-    u, sigma, vh = torch.linalg.svd(update, full_matrices=False)
-    return _cut(u, sigma, vh.T, rank)
+    return _cut_dense(update, rank)
 
 
 def _cut(u: Tensor, sigma: Tensor, v: Tensor, rank: int) -> Factored:
@@ -73,4 +73,28 @@ def _cut(u: Tensor, sigma: Tensor, v: Tensor, rank: int) -> Factored:
         b=(u[:, :rank] * root).contiguous(),
         energy=float(energies.sum()),
         energy_lost=float(energies[rank:].sum()),
+    )
+
+
+def _cut_dense(update: Tensor, rank: int) -> Factored:
+    """The best approximation of a dense (o, i) update, its singular values shared evenly.
+
+    From the eigenvectors of the lesser Gram matrix, in float64: half the time of a singular value
+    decomposition in float32, and nearer to the truth, since squaring singular values costs half of
+    16 digits.
+    """
+    if update.shape[0] > update.shape[1]:
+        flipped = _cut_dense(update.T, rank)
+        return flipped._replace(a=flipped.b.T.contiguous(), b=flipped.a.T.contiguous())
+    matrix = update.double()
+    energies, vectors = torch.linalg.eigh(matrix @ matrix.T)  # rising
+    energies = energies.clamp(min=0.0)
+    u = vectors[:, -rank:].flip(1)
+    root = energies[-rank:].flip(0).sqrt().sqrt()
+    tiny = torch.finfo(torch.float64).tiny
+    return Factored(
+        a=((u.T @ matrix) / root.clamp(min=tiny)[:, None]).float().contiguous(),
+        b=(u * root).float().contiguous(),
+        energy=float(energies.sum()),
+        energy_lost=float(energies[:-rank].sum()),
     )

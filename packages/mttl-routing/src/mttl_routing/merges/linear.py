@@ -17,11 +17,12 @@ def linear(updates: Sequence[Update]) -> LowRank:
     The weights and scalings go into B; A and B are never averaged apart, which would add products
     of one expert's B with another's A.
     """
-    scaled = [u.factors.b.float() * (u.weight * u.factors.scaling) for u in updates]
-    return LowRank(
-        a=torch.cat([u.factors.a.float() for u in updates]),
-        b=torch.cat(scaled, dim=1),
-    )
+    out_features, _ = updates[0].shape
+    b, end = torch.empty(out_features, sum(u.factors.rank for u in updates)), 0
+    for u in updates:
+        start, end = end, end + u.factors.rank
+        torch.mul(u.factors.b.float(), u.weight * u.factors.scaling, out=b[:, start:end])
+    return LowRank(a=torch.cat([u.factors.a.float() for u in updates]), b=b)
 
 
 def linear_factors(updates: Sequence[Update]) -> LowRank:
