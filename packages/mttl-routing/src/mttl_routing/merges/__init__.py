@@ -44,6 +44,8 @@ class Merge:
         n_experts: how many it takes; None for any number.
         inside: methods that it may have inside, the first by default.
         takes_rank: whether the rule makes the rank that is asked for.
+        by_entry: whether it looks at single entries, so that another basis is another result.
+        tells_by_entry: whether the rule is told that of the method inside.
     """
 
     rule: Callable[..., LowRank | Tensor]
@@ -57,6 +59,8 @@ class Merge:
     n_experts: int | None = None
     inside: tuple[str, ...] = ()
     takes_rank: bool = False
+    by_entry: bool = True
+    tells_by_entry: bool = False
 
 
 def _mean(n_experts: int) -> float:
@@ -73,7 +77,9 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
         ),
         "weighted": Merge(linear, "https://arxiv.org/abs/2203.05482", default_weight=None),
         # The paper chooses λ by validation; without it a sum of many experts needs one below 1.
-        "task_arithmetic": Merge(linear, "https://arxiv.org/abs/2212.04089", scale=0.4),
+        "task_arithmetic": Merge(
+            linear, "https://arxiv.org/abs/2212.04089", scale=0.4, by_entry=False
+        ),
         "ties": Merge(
             ties, "https://arxiv.org/abs/2306.01708", options=MappingProxyType({"density": 0.2})
         ),
@@ -123,17 +129,19 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
             default_weight=_mean,
             shares=True,
         ),
-        "tsv": Merge(tsv, "https://arxiv.org/abs/2412.00081"),
-        "iso": Merge(iso, "https://arxiv.org/abs/2502.04959"),
+        "tsv": Merge(tsv, "https://arxiv.org/abs/2412.00081", by_entry=False),
+        "iso": Merge(iso, "https://arxiv.org/abs/2502.04959", by_entry=False),
         "iso_cts": Merge(
             iso_cts,
             "https://arxiv.org/abs/2502.04959",
             options=MappingProxyType({"common": 0.8}),
+            by_entry=False,
         ),
         "core": Merge(
             core,
             "https://arxiv.org/abs/2509.17786",
             inside=("tsv", "iso", "iso_cts", "ties", "task_arithmetic"),
+            tells_by_entry=True,
         ),
         "knots": Merge(
             knots,
@@ -207,6 +215,8 @@ def bind(
     arguments = of(kind)
     if inner is not None:
         arguments["inside"] = partial(inner.rule, **of(inner))
+        if kind.tells_by_entry:
+            arguments["by_entry"] = inner.by_entry
     if kind.takes_rank:
         arguments["rank"] = rank
     scale = inner.scale if kind.scale is None and inner is not None else kind.scale

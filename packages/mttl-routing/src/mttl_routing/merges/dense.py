@@ -23,7 +23,7 @@ Matrix = npt.NDArray[np.float32]
 Thin = Callable[[Matrix, Update], object]
 
 _ENTRIES = 2**23  # of a batch: 32 MiB, about what a processor's last cache holds
-_BLOCK = 2**17  # entries of each expert that are summed up at a time
+_BLOCK = 2**15  # entries of each expert that are summed up at a time
 
 
 def dense_batches(

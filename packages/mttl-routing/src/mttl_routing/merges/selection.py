@@ -32,11 +32,14 @@ def nth_largest(values: npt.NDArray[np.float32], n: int) -> np.float32:
     place, margin = wanted + round(off), 4 + round(3 * math.sqrt(abs(off)))
     while margin < sample.size:
         low, high = _at(sample, place - margin), _at(sample, place + margin)
-        over = values > high
-        above = int(np.count_nonzero(over))
-        near = values[np.flatnonzero((values >= low) ^ over)]
-        if above < n <= above + near.size:
-            return _partitioned(near, n - above)
+        inside = values > high
+        above = int(np.count_nonzero(inside))
+        np.logical_xor(values >= low, inside, out=inside)
+        count = int(np.count_nonzero(inside))
+        if count > values.size // 8:  # many are equal, as zeros are
+            break
+        if above < n <= above + count:
+            return _partitioned(values[np.flatnonzero(inside)], n - above)
         margin *= 8
     return _partitioned(values, n)
 

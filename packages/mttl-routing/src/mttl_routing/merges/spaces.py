@@ -18,12 +18,17 @@ from mttl_routing.merges.singular import rank_of
 
 
 def left_vectors(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors of (n, m) columns, (n, min(n, m)), and singular values, float64."""
+    """Left singular vectors of (n, m) columns, (n, min(n, m)), and singular values, float64.
+
+    Where the columns are many, from the eigenvectors of their Gram matrix, which are orthonormal
+    whatever its condition: squared singular values of float32 columns fit into 16 digits.
+    """
     matrix = columns.double()
-    if matrix.shape[1] > matrix.shape[0]:
-        matrix = torch.linalg.qr(matrix.T, mode="r").R.T  # (n, n), of the same left vectors
-    u, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
-    return u, sigma
+    if matrix.shape[1] < matrix.shape[0]:
+        u, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
+        return u, sigma
+    energies, vectors = torch.linalg.eigh(matrix @ matrix.T)  # rising
+    return vectors.flip(1), energies.clamp(min=0.0).sqrt().flip(0)
 
 
 def bases(updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
@@ -64,7 +69,7 @@ def lifted(core: LowRank | Tensor, u: Tensor | None, v: Tensor | None) -> LowRan
     return LowRank(a.float().contiguous(), b.float().contiguous())
 
 
-def core(updates: Sequence[Update], *, inside: MergeRule) -> LowRank:
+def core(updates: Sequence[Update], *, inside: MergeRule, by_entry: bool = True) -> LowRank:
     """Core Space merge (https://arxiv.org/abs/2509.17786): any rule on the cores Uᵀ ΔW V.
 
     U and V are the left singular vectors of all B beside each other and the right ones of all A on
@@ -73,7 +78,17 @@ def core(updates: Sequence[Update], *, inside: MergeRule) -> LowRank:
     outside, and so does ``tsv`` where each expert keeps all its triples in both. ``ties`` does not,
     as it goes entry by entry; here it depends on how each update is split into its factors, as in
     the paper.
+
+    Args:
+        updates: of one module.
+        inside: what merges the cores.
+        by_entry: whether ``inside`` looks at single entries. If not, a side on which the experts
+            together reach everything is left as it is: a turn there and back changes nothing.
     """
+    shape, ranks = updates[0].shape, sum(update.factors.rank for update in updates)
+    if not by_entry and ranks >= max(shape):
+        merged = inside(updates)
+        return merged if isinstance(merged, LowRank) else lifted(merged, None, None)
     u, v = bases(updates)
     return lifted(inside([projected(update, u, v) for update in updates]), u, v)
 
