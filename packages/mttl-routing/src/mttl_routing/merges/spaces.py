@@ -82,11 +82,11 @@ def core(updates: Sequence[Update], *, inside: MergeRule, by_entry: bool = True)
     Args:
         updates: of one module.
         inside: what merges the cores.
-        by_entry: whether ``inside`` looks at single entries. If not, a side on which the experts
-            together reach everything is left as it is: a turn there and back changes nothing.
+        by_entry: whether ``inside`` looks at single entries. If not, and if the core is no smaller
+            than the lesser side of ΔW, it is left alone: a turn there and back changes nothing.
     """
     shape, ranks = updates[0].shape, sum(update.factors.rank for update in updates)
-    if not by_entry and ranks >= max(shape):
+    if not by_entry and ranks >= min(shape):
         merged = inside(updates)
         return merged if isinstance(merged, LowRank) else lifted(merged, None, None)
     u, v = bases(updates)
