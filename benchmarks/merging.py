@@ -1,14 +1,15 @@
 """Merge methods against PEFT's, a plain dense version, and the least that the work can take.
 
-    uv run benchmarks/merging.py                        all of it on two layers, in some minutes
-    uv run benchmarks/merging.py --layers 30 --experts 256 --dense "" --peft ""
-    uv run benchmarks/merging.py --experts 8,64,256 --methods "" --seconds 240
+    uv run benchmarks/merging.py                                   all rows on two layers
+    uv run benchmarks/merging.py --experts 256 --layers 30 --once --dense "" --peft ""
+    uv run benchmarks/merging.py --experts 8,64,128,256 --floors "" --methods "" --dense ""
 
 Experts are generated, with SmolLM2-135M's shapes on all linear modules. Each row is one JSON line,
 from a process of its own, and everyone reads the same library on disk, which is in the page cache;
 loading counts. Rows:
 
-- ``floor``: ``read`` reads the files' bytes; ``gemm`` makes the stacked product of the uniform
+- ``floor``: ``read`` reads the files' bytes, and ``load`` has the library check their SHA-256, map
+  them, and then sums each tensor; ``gemm`` makes the stacked product of the uniform
   merge of each module, and ``gemm+svd`` also cuts it by the fastest exact way known here, the
   eigenvectors of its Gram matrix; both from factors that are in memory.
 - ``dense``: a plain version that forms all ΔW of a module, with kthvalue, bernoulli and svd.
@@ -51,7 +52,7 @@ SHAPES = {
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
 PROBE = "model.layers.0.self_attn.q_proj"
-FLOORS = "read,gemm,gemm+svd"
+FLOORS = "read,load,gemm,gemm+svd"
 OURS = (
     "linear_factors,uniform,uniform@16,ties,ties@16,dare_linear@16,dare_ties@16,core,core@16,knots"
 )
@@ -67,7 +68,7 @@ COUNTERPARTS = {
     **{("peft", m): "linear_factors" for m in ("linear", "ties", "dare_linear", "dare_ties")},
     **{("dense", m): m for m in DENSE.split(",")},
 }
-FLOOR_OF = {"linear_factors": "read", "uniform": "gemm", "uniform@16": "gemm+svd"}
+FLOOR_OF = {"linear_factors": "load", "uniform": "gemm", "uniform@16": "gemm+svd"}
 
 
 def make_library(folder: str, count: int, rank: int, layers: int) -> int:
@@ -281,6 +282,14 @@ def run_floor(options: argparse.Namespace) -> dict[str, Any]:
     """The least that a merge has to do; the products and cuts from what is in memory."""
     import torch
 
+    if options.method == "load":
+        from mttl_experts import ExpertLibrary
+
+        with Measured() as measured:
+            for expert in ExpertLibrary(f"local://{options.library}").load().values():
+                for tensor in (expert.expert_weights or {}).values():
+                    tensor.sum()
+        return measured.row(0)
     if options.method == "read":
         files = sorted(Path(options.library).rglob("*.safetensors"))
         buffer = bytearray(max(path.stat().st_size for path in files))
@@ -365,7 +374,7 @@ def run_all(options: argparse.Namespace, experts: int, library: str, size: int) 
         for who, method in plan:
             past = rounds[who, method]
             if not any("stopped" in row for row in past):
-                again = who == "ours" and number == 0
+                again = who == "ours" and number == 0 and not options.once
                 past.append(run_apart(options, who, method, library, again))
     rows = {}
     for entry, past in rounds.items():
@@ -417,6 +426,7 @@ def main() -> None:
     parser.add_argument("--methods", default=OURS, help="Ours; @ before a rank to cut to.")
     parser.add_argument("--dense", default=DENSE, help="Plain versions.")
     parser.add_argument("--peft", default=PEFT, help="PEFT's combination types.")
+    parser.add_argument("--once", action="store_true", help="No second run for the bytes.")
     parser.add_argument("--where", help="Folder to keep the experts in for another run.")
     parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
     for hidden in ("--who", "--method", "--library"):

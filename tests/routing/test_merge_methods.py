@@ -20,8 +20,10 @@ from torch import Tensor
 
 from mttl_experts import Expert, ExpertInfo, lora_modules
 from mttl_routing import MERGES, merge
-from mttl_routing.merges.breadcrumbs import masked
+from mttl_routing.merges.breadcrumbs import mask
 from mttl_routing.merges.della import chances
+from mttl_routing.merges.rule import LowRank, Update
+from mttl_routing.merges.spaces import core
 from mttl_routing.merges.spherical import average_point
 
 WHOLE = {"scale": 1.0}
@@ -816,6 +818,11 @@ def test_weights_on_a_sphere_are_shares(make_expert):
 
 
 def test_breadcrumbs_keeps_the_middle_and_all_of_equals():
+    def masked(delta: Tensor, density: float, gamma: float) -> Tensor:
+        found = delta.clone()
+        mask(found.numpy(), density, gamma)
+        return found
+
     delta = torch.tensor([[9.0, -8.0, 7.0, 6.0, -5.0], [4.0, 3.0, -2.0, 1.0, 0.0]])
     expected = torch.tensor([[0.0, -8.0, 7.0, 6.0, 0.0], [0.0] * 5])
     assert torch.equal(masked(delta, 0.3, 0.1), expected)
@@ -973,3 +980,24 @@ def test_the_table_of_laws_in_the_docs_is_this_one():
     text = (Path(__file__).parents[2] / "docs" / "merging.md").read_text(encoding="utf-8")
     for row in law_rows():
         assert f"{row} |\n" in text
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "breadcrumbs"])
+def test_experts_in_several_batches_are_those_in_one(make_expert, monkeypatch, method):
+    experts = [make_expert(f"e{n}", rank=1 + n % 3) for n in range(7)]
+    whole = deltas_of(merge(experts, method))
+    monkeypatch.setattr("mttl_routing.merges.dense._ENTRIES", 3 * 32 * 32)
+    monkeypatch.setattr("mttl_routing.merges.dense._BLOCK", 100)
+    same(deltas_of(merge(experts, method)), whole, 1e-6)
+
+
+@pytest.mark.parametrize("inside", ["tsv", "iso", "iso_cts", "task_arithmetic"])
+def test_a_core_of_full_size_is_left_alone_and_gives_what_the_turned_one_gives(make_expert, inside):
+    experts = [make_expert(f"e{n}", rank=8, layers=(0,), targets=("q_proj",)) for n in range(5)]
+    factors = [next(iter(lora_modules(e).values())) for e in experts]
+    updates = [Update(f, 1.0, f"{n}/m") for n, f in enumerate(factors)]
+    rule = MERGES[inside].rule
+    turned, alone = (core(updates, inside=rule, by_entry=e) for e in (True, False))
+    torch.testing.assert_close(turned.b @ turned.a, alone.b @ alone.a, rtol=1e-4, atol=1e-5)
+    if isinstance(rule(updates), LowRank):
+        assert torch.equal(alone.a, rule(updates).a)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from mttl_experts import (
     Expert,
@@ -20,15 +21,12 @@ Experts = Iterable[Expert] | Mapping[str, Expert] | ExpertLibrary
 def experts_of(source: Experts) -> list[Expert]:
     """The experts of a library, of a mapping by name, or of any iterable, in its own order.
 
-    Those of a library come with their weights at hand.
-
     Raises:
         ValueError: when there are none.
         TypeError: naming what is no expert, such as a name.
     """
-    if isinstance(source, ExpertLibrary):
-        source = source.load()  # verified and mapped together
-    experts = list(source.values() if isinstance(source, Mapping) else source)
+    values = source.values() if isinstance(source, (Mapping, ExpertLibrary)) else source
+    experts = list(values)
     if not experts:
         raise ValueError("no experts were given; give at least one, or a library that has some")
     for expert in experts:
@@ -77,7 +75,8 @@ def factors_by_module(experts: Sequence[Expert]) -> dict[str, list[LoraFactors |
     Raises:
         IncompatibleExpertError: when one module has two shapes, naming it and both.
     """
-    of_expert = [lora_modules(expert) for expert in experts]
+    with ThreadPoolExecutor() as pool:  # each file is verified when it is first read
+        of_expert = list(pool.map(lora_modules, experts))
     paths = sorted(set().union(*of_expert))
     table = {path: [modules.get(path) for modules in of_expert] for path in paths}
     for path, column in table.items():

@@ -6,6 +6,7 @@ out is made an expert that PEFT reads.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
