@@ -1,12 +1,23 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mttl_adapters import kernels
 from mttl_adapters.bank import Bank
 
 IN, OUT = 12, 20
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def kernel(request):
+    """Both implementations, one after the other; the compiled one where there is a compiler."""
+    if request.param == "cpu" and kernels.missing():
+        pytest.skip(kernels.missing())
+    with kernels.using(request.param):
+        yield request.param
+
 
 Factors = list[tuple[Tensor, Tensor, float]]
 
@@ -42,14 +53,18 @@ PATHS = [Bank.apply, Bank.apply_dense, Bank.apply_grouped]
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=25, deadline=None)
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     ranks=st.lists(st.integers(0, 5), min_size=1, max_size=9),
     tokens=st.integers(0, 6),
     top_k=st.integers(1, 9),
     seed=st.integers(0, 100),
 )
-def test_every_path_equals_a_slow_loop(path, ranks, tokens, top_k, seed):
+def test_every_path_equals_a_slow_loop(kernel, path, ranks, tokens, top_k, seed):
     factors = make_factors(ranks, seed=seed)
     x = torch.randn(tokens, IN, generator=torch.Generator().manual_seed(seed))
     gates = make_gates(tokens, len(ranks), top_k, seed)
@@ -84,11 +99,12 @@ def test_the_chosen_path_is_the_cheaper_one_and_both_agree(monkeypatch):
 def test_the_crossover_follows_what_was_measured(experts, tokens, chosen, grouped):
     a, b = torch.zeros(16, 576), torch.zeros(576, 16)
     bank = Bank.from_factors([(a, b, 1.0)] * experts)
-    assert bank._grouped_pays(tokens, tokens * chosen) is grouped
+    with kernels.using("torch"):
+        assert bank._grouped_pays(torch.zeros(tokens, 576), tokens * chosen) is grouped
 
 
 @pytest.mark.parametrize("path", [Bank.apply_dense, Bank.apply_grouped])
-def test_gradients_of_input_and_chosen_gates_equal_the_slow_loop(path):
+def test_gradients_of_input_and_chosen_gates_equal_the_slow_loop(kernel, path):
     factors = make_factors([3, 0, 1, 4])
     gates = make_gates(5, 4, 2)
     chosen = gates != 0
@@ -105,7 +121,7 @@ def test_gradients_of_input_and_chosen_gates_equal_the_slow_loop(path):
 
 
 @pytest.mark.parametrize("path", [Bank.apply_dense, Bank.apply_grouped])
-def test_gradcheck_of_the_factors(path):
+def test_gradcheck_of_the_factors(kernel, path):
     shapes = [(3, IN), (1, IN)]
     parts = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     parts += [torch.randn(OUT, r, dtype=torch.float64, requires_grad=True) for r, _ in shapes]
@@ -119,7 +135,7 @@ def test_gradcheck_of_the_factors(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_bfloat16_input_meets_float32_factors_in_float32(path):
+def test_bfloat16_input_meets_float32_factors_in_float32(kernel, path):
     factors = make_factors([4, 2, 3])
     x = torch.randn(6, IN).bfloat16()
     gates = make_gates(6, 3, 2)

@@ -1,166 +1,327 @@
-"""Many low-rank experts of one layer as two stacked matrices, applied by one gate for each token.
+"""Many low-rank experts of one layer, applied by one gate for each token.
 
-Pure functions over tensors: nothing here knows a model, a library or a router. Which experts a
-token gets, and how much of each, is the caller's business and comes in as ``gates``.
+Tensors in, tensors out: nothing here knows a model, a library or a router. Which experts a token
+gets, and how much of each, is the caller's business and comes in as gates.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-# What the two ways of `Bank.apply` cost, in multiply-adds of the dense one. Fitted to timings on 2
+from mttl_adapters import kernels
+from mttl_adapters.chosen import NONE, Chosen
+from mttl_adapters.kernels import torch as plain
+
+# What the two ways of plain torch cost, in multiply-adds of the dense one. Fitted to timings on 2
 # CPU cores, float32, layers of 576 to 2048 features, rank 16, 8 to 128 experts, 8 to 1024 tokens:
 # dense is then ahead up to 8 to 16 experts in prefill, up to 32 to 64 when 8 rows decode.
 DENSE_TOKENS = 24  # fewer tokens cost as much: the stacks must be read once
 GATHER_RANKS = 48  # fetching a chosen token and adding its result costs as much as these ranks
 GROUP_COST = 2_500_000  # what one expert's pair of small products costs beside its arithmetic
 
+# A pair of token and expert in the compiled kernel, in those of a dense product over all experts.
+COMPILED_PAIR = 1.6
 
-@dataclass(frozen=True)
-class Bank:
-    """Rank-stacked factors of ``e`` experts for one layer; their ranks may differ, and may be 0.
+Factors = tuple[Tensor, Tensor, float]
 
-    An expert that leaves the layer alone is an expert of rank 0: it keeps its column in the gates
-    and costs nothing.
 
-    Attributes:
-        a: (R, i), the rows of every expert's A below one another, R the sum of the ranks.
-        b: (o, R), the columns of every expert's B side by side, without the scaling.
-        scalings: s_e of every expert.
-        ranks: rank of every expert, in the order of the gates' columns.
-    """
+class Slab(Protocol):
+    """Memory with the rows of some experts, one below another."""
+
+    @property
+    def a(self) -> Tensor:
+        """(R, i)."""
+
+    @property
+    def b(self) -> Tensor:
+        """(R, o), B by rows."""
+
+    @property
+    def pointers(self) -> tuple[int, int]:
+        """Where the two begin."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSlab:
+    """A slab of two tensors."""
 
     a: Tensor
     b: Tensor
+
+    @property
+    def pointers(self) -> tuple[int, int]:
+        """Where the two begin."""
+        return self.a.data_ptr(), self.b.data_ptr()
+
+
+class Resident(Protocol):
+    """Keeps the memory of banks within bounds; told what is read."""
+
+    def tick(self) -> int:
+        """A number above 0 that grows."""
+
+    def grown(self, bank: Bank, n_experts: int) -> None:
+        """So many experts of the bank were read that no one had read before."""
+
+
+class Run(NamedTuple):
+    """Where an expert's rows lie."""
+
+    slab: int
+    start: int
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """Factors of ``e`` experts for one layer; their ranks may differ, and may be 0.
+
+    An expert that leaves the layer alone is an expert of rank 0: it keeps its column in the gates
+    and costs nothing. A bank never changes. :meth:`append`, :meth:`remove` and :meth:`replace`
+    give another one that shares its memory, so whoever is computing with this one is not disturbed.
+
+    Attributes:
+        slabs: memory with the experts' rows.
+        runs: where each expert's rows lie, in the order of the gates' columns.
+        scalings: s_e of every expert.
+        in_features: size of the layer's input.
+        out_features: size of the layer's output.
+        dtype: of all factors.
+        resident: told what is read, for slabs that are mapped from files.
+    """
+
+    slabs: tuple[Slab, ...]
+    runs: tuple[Run, ...]
     scalings: tuple[float, ...]
-    ranks: tuple[int, ...]
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    resident: Resident | None = None
 
     @classmethod
     def from_factors(
         cls,
-        factors: Sequence[tuple[Tensor, Tensor, float]],
+        factors: Sequence[Factors],
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Bank:
-        """Bank of experts given as ``(a (r, i), b (o, r), scaling)``, in that order.
+        """Bank of experts given as ``(a (r, i), b (o, r), scaling)``, in that order, in one slab.
 
         Args:
             factors: at least one expert.
-            dtype: what to keep the stacks in; ``None`` is the widest dtype among the factors.
+            dtype: what to keep the factors in; ``None`` is the widest dtype among them.
             device: where to keep them; ``None`` is where the first expert lies.
         """
         if not factors:
             raise ValueError("a bank needs at least one expert, got none")
         features = (factors[0][1].shape[0], factors[0][0].shape[1])
         for index, (a, b, _) in enumerate(factors):
-            if a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != features:
-                raise ValueError(
-                    f"expert {index} has A {tuple(a.shape)} and B {tuple(b.shape)}; "
-                    f"this bank wants A (r, {features[1]}) and B ({features[0]}, r)"
-                )
+            _check_factors(a, b, features, f"expert {index}")
         if dtype is None:
             dtype = factors[0][0].dtype
             for a, b, _ in factors:
                 dtype = torch.promote_types(dtype, torch.promote_types(a.dtype, b.dtype))
         device = factors[0][0].device if device is None else device
+        slab = TensorSlab(
+            torch.cat([a.to(device, dtype) for a, _, _ in factors]),
+            torch.cat([b.to(device, dtype).T for _, b, _ in factors]),
+        )
+        ranks = [a.shape[0] for a, _, _ in factors]
+        starts = accumulate(ranks, initial=0)
         return cls(
-            a=torch.cat([a.to(device, dtype) for a, _, _ in factors]),
-            # Stacked as (R, o), so that one expert's columns are one run of memory.
-            b=torch.cat([b.to(device, dtype).T for _, b, _ in factors]).T,
+            slabs=(slab,),
+            runs=tuple(Run(0, start, rank) for start, rank in zip(starts, ranks, strict=False)),
             scalings=tuple(float(scaling) for _, _, scaling in factors),
-            ranks=tuple(a.shape[0] for a, _, _ in factors),
+            in_features=features[1],
+            out_features=features[0],
+            dtype=dtype,
         )
 
     def __len__(self) -> int:
         """How many experts it holds."""
-        return len(self.ranks)
+        return len(self.runs)
 
-    @property
-    def in_features(self) -> int:
-        """Size of the layer's input."""
-        return self.a.shape[1]
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of every expert, in the order of the gates' columns."""
+        return tuple(run.rank for run in self.runs)
 
-    @property
-    def out_features(self) -> int:
-        """Size of the layer's output."""
-        return self.b.shape[0]
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Where each expert begins in the stacks."""
+        return tuple(accumulate(self.ranks[:-1], initial=0))
+
+    @cached_property
+    def widest(self) -> int:
+        """The largest rank."""
+        return max(self.ranks, default=0)
+
+    @cached_property
+    def a(self) -> Tensor:
+        """(R, i), the rows of every expert's A below one another, R the sum of the ranks.
+
+        The slab itself where the experts lie so; else a copy, made once.
+        """
+        return self._stacked([slab.a for slab in self.slabs], self.in_features)
+
+    @cached_property
+    def b(self) -> Tensor:
+        """(o, R), the columns of every expert's B side by side, without the scaling; as :attr:`a`.
+
+        Each expert's columns are one run of memory.
+        """
+        return self._stacked([slab.b for slab in self.slabs], self.out_features).T
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.slabs[0].a.device if self.slabs else torch.device("cpu")
+
+    @cached_property
+    def requires_grad(self) -> bool:
+        """Whether the factors want gradients."""
+        return any(
+            slab.a.requires_grad or slab.b.requires_grad
+            for slab in self.slabs
+            if isinstance(slab, TensorSlab)
+        )
+
+    @cached_property
+    def table(self) -> Tensor:
+        """(e, 5) int64, what the compiled kernel reads of each expert: ``Expert`` in ``cpu.c``."""
+        pointers = [slab.pointers for slab in self.slabs]
+        size = self.dtype.itemsize
+        rows = []
+        for run, scaling in zip(self.runs, self.scalings, strict=True):
+            a, b = pointers[run.slab]
+            a += run.start * self.in_features * size
+            b += run.start * self.out_features * size
+            rows.append((a, b, run.rank, 0, *struct.unpack("q", struct.pack("d", scaling))))
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), 5)
 
     def to(self, device: torch.device | str) -> Bank:
         """The same bank on ``device``; itself where it is there already."""
-        if self.a.device == torch.device(device):
+        if self.device == torch.device(device):
             return self
-        return replace(self, a=self.a.to(device), b=self.b.T.to(device).T)
+        slabs = [TensorSlab(slab.a.to(device), slab.b.to(device)) for slab in self.slabs]
+        return replace(self, slabs=tuple(slabs), resident=None)
 
-    def factors(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Every expert's ``(a (r, i), b (o, r), scaling)``, as views of the stacks."""
-        bounds = pairwise(accumulate(self.ranks, initial=0))
-        for (start, end), scaling in zip(bounds, self.scalings, strict=True):
-            yield self.a[start:end], self.b[:, start:end], scaling
+    def factors(self) -> Iterator[Factors]:
+        """Every expert's ``(a (r, i), b (o, r), scaling)``, as views of the slabs."""
+        for expert in range(len(self)):
+            a, b, scaling = self._rows(expert)
+            yield a, b.T, scaling
 
-    def apply(self, x: Tensor, gates: Tensor) -> Tensor:
+    def append(self, a: Tensor, b: Tensor, scaling: float) -> Bank:
+        """This bank and one more expert, a (r, i) and b (o, r), which alone is copied."""
+        run, slab = self._new(a, b)
+        return replace(
+            self,
+            slabs=(*self.slabs, slab),
+            runs=(*self.runs, run),
+            scalings=(*self.scalings, float(scaling)),
+        )
+
+    def replace(self, index: int, a: Tensor, b: Tensor, scaling: float) -> Bank:
+        """This bank with another expert at ``index``; that one alone is copied."""
+        index = self._index(index)
+        run, slab = self._new(a, b)
+        runs, scalings = list(self.runs), list(self.scalings)
+        runs[index], scalings[index] = run, float(scaling)
+        return replace(
+            self, slabs=(*self.slabs, slab), runs=tuple(runs), scalings=tuple(scalings)
+        )._pruned()
+
+    def remove(self, index: int) -> Bank:
+        """This bank without the expert at ``index``; the later ones move up by one column."""
+        index = self._index(index)
+        return replace(
+            self,
+            runs=self.runs[:index] + self.runs[index + 1 :],
+            scalings=self.scalings[:index] + self.scalings[index + 1 :],
+        )._pruned()
+
+    def apply(self, x: Tensor, gates: Tensor | Chosen) -> Tensor:
         """What the experts add to the layer's output: Σ_e g_e s_e B_e A_e x for each token.
 
-        Two dense products over all ranks where there are few experts or most of them are chosen,
-        else :meth:`apply_grouped`, which costs what the chosen experts cost.
+        Costs what the chosen experts cost; where most are chosen, two dense products over all
+        ranks. Differentiable in x, the gates, and the factors given to :meth:`from_factors`.
 
         Args:
             x: (t, i). Computed in the wider of its dtype and the bank's, so a bfloat16 input
                 meets float32 factors in float32.
-            gates: (t, e); 0 leaves an expert out. Its gate then gets no gradient on the grouped
-                path, as with any router that chooses.
+            gates: the experts chosen, or (t, e), where 0 leaves an expert out. Its gate then gets
+                no gradient on the grouped path, as with any router that chooses.
 
         Returns:
             (t, o) in the wider of the two dtypes, for the caller to add before rounding.
         """
         self._check(x, gates)
-        tokens = x.shape[0]
         # Counting what was chosen waits for the device, so only where one choice each would pay.
-        if self._grouped_pays(tokens, chosen=tokens) and self._grouped_pays(
-            tokens, chosen=int(torch.count_nonzero(gates))
-        ):
+        if self._grouped_pays(x, x.shape[0]) and self._grouped_pays(x, _count(gates)):
             return self.apply_grouped(x, gates)
         return self.apply_dense(x, gates)
 
-    def apply_dense(self, x: Tensor, gates: Tensor) -> Tensor:
+    def add_to(self, output: Tensor, x: Tensor, gates: Tensor | Chosen) -> Tensor:
+        """A layer's output (t, o) with what :meth:`apply` gives added, rounded once to its dtype.
+
+        Returns:
+            ``output`` itself, changed in place, wherever nothing here wants a gradient.
+        """
+        self._check(x, gates)
+        if output.shape != (x.shape[0], self.out_features):
+            raise ValueError(
+                f"got an output {tuple(output.shape)}; "
+                f"this bank adds to ({x.shape[0]}, {self.out_features})"
+            )
+        weights = gates.weights if isinstance(gates, Chosen) else gates
+        learning = torch.is_grad_enabled() and (
+            self.requires_grad or any(t.requires_grad for t in (output, x, weights))
+        )
+        if learning or (output.is_inference() and not torch.is_inference_mode_enabled()):
+            return (output + self.apply(x, gates)).to(output.dtype)
+        cpu = kernels.compiled(x, output)
+        if cpu and self._compiled_takes(x, output) and self._grouped_pays(x, _count(gates)):
+            chosen = (gates if isinstance(gates, Chosen) else Chosen.from_dense(gates)).each()
+            cpu.add_to(output, x, self, chosen.experts, chosen.weights)
+            return output
+        return output.copy_(output + self.apply(x, gates))
+
+    def apply_dense(self, x: Tensor, gates: Tensor | Chosen) -> Tensor:
         """:meth:`apply` by two products over all ranks, the gates repeated for each rank."""
         self._check(x, gates)
-        dtype = torch.promote_types(x.dtype, self.a.dtype)
-        hidden = x.to(dtype) @ self.a.to(dtype).T  # (t, R)
-        hidden = (hidden * self._per_rank(gates)).to(dtype)
-        return hidden @ self.b.to(dtype).T
+        if isinstance(gates, Chosen):
+            gates = gates.dense(len(self))
+        dtype = torch.promote_types(x.dtype, self.dtype)
+        return plain.dense(x.to(dtype), self.a, self.b.T, self._per_rank(gates))
 
-    def apply_grouped(self, x: Tensor, gates: Tensor) -> Tensor:
+    def apply_grouped(self, x: Tensor, gates: Tensor | Chosen) -> Tensor:
         """:meth:`apply` by one pair of products for each expert that some token chose.
 
         The sums over experts are kept in float32 at least.
         """
         self._check(x, gates)
-        dtype = torch.promote_types(x.dtype, self.a.dtype)
-        x = x.to(dtype)
-        out = x.new_zeros(
-            (x.shape[0], self.out_features), dtype=torch.promote_types(dtype, torch.float32)
-        )
-        # Transposed, so that the pairs come out sorted by expert and each token at most once in
-        # each group: the sums below meet no two writes to one row, and their order is fixed.
-        expert_of, token_of = torch.nonzero(gates.T, as_tuple=True)
-        counts = torch.bincount(expert_of, minlength=len(self)).tolist()
-        groups = torch.split(token_of, counts)
-        for index, ((a, b, scaling), tokens) in enumerate(zip(self.factors(), groups, strict=True)):
-            if tokens.numel() == 0 or a.shape[0] == 0:
-                continue
-            gate = gates[tokens, index].unsqueeze(1) * scaling
-            hidden = x[tokens] @ a.to(dtype).T  # (chosen t, r)
-            update = (hidden * gate).to(dtype) @ b.to(dtype).T
-            out.index_add_(0, tokens, update.to(out.dtype))
-        return out.to(dtype)
+        chosen = gates if isinstance(gates, Chosen) else Chosen.from_dense(gates)
+        cpu = kernels.compiled(x)
+        if cpu and self._compiled_takes(x):
+            return cpu.apply(x, self, chosen)  # type: ignore[no-any-return]
+        if self.resident:
+            self._read(chosen, self.resident)
+        dtype = torch.promote_types(x.dtype, self.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        out = x.new_zeros((x.shape[0], self.out_features), dtype=wide)
+        return plain.grouped(x.to(dtype), self._rows, chosen, out).to(dtype)
 
-    def apply_before(self, x: Tensor, gates: Tensor) -> Tensor:
+    def apply_before(self, x: Tensor, gates: Tensor | Chosen) -> Tensor:
         """(Σ_e g_e s_e B_e)(Σ_e g_e A_e) x: factors averaged before they are multiplied.
 
         Not the mean of the experts' outputs: it adds the cross terms B_e A_f. Kept for comparison
@@ -170,6 +331,7 @@ class Bank:
         Shapes and dtypes are those of :meth:`apply`.
         """
         self._check(x, gates)
+        gates = gates.dense(len(self)) if isinstance(gates, Chosen) else gates
         present = [index for index, rank in enumerate(self.ranks) if rank > 0]
         ranks = {self.ranks[index] for index in present}
         if len(ranks) > 1:
@@ -177,7 +339,7 @@ class Bank:
                 f"combine='before' averages factors, so it wants experts of one rank; "
                 f"these have ranks {sorted(ranks)!r}: use combine='after'"
             )
-        dtype = torch.promote_types(x.dtype, self.a.dtype)
+        dtype = torch.promote_types(x.dtype, self.dtype)
         if not present:
             return x.new_zeros((x.shape[0], self.out_features), dtype=dtype)
         gates = gates[:, present]
@@ -189,13 +351,76 @@ class Bank:
         out: Tensor = hidden.to(dtype) @ self.b.to(dtype).T
         return out
 
-    def _grouped_pays(self, tokens: int, chosen: int) -> bool:
-        """Whether sort-and-group is cheaper for so many tokens, and so many choices among them."""
+    def _rows(self, expert: int) -> Factors:
+        """An expert's A (r, i) and B by rows (r, o), as views."""
+        slab, start, rank = self.runs[expert]
+        rows = slice(start, start + rank)
+        return self.slabs[slab].a[rows], self.slabs[slab].b[rows], self.scalings[expert]
+
+    def _stacked(self, parts: list[Tensor], features: int) -> Tensor:
+        place, total = 0, sum(self.ranks)
+        for slab, start, rank in self.runs:
+            if rank and (slab != self.runs[0].slab or start != place):
+                break
+            place += rank
+        else:
+            if len(parts) and parts[self.runs[0].slab if self.runs else 0].shape[0] == total:
+                return parts[self.runs[0].slab if self.runs else 0]
+        if not self.runs:
+            return torch.empty(0, features, dtype=self.dtype, device=self.device)
+        return torch.cat([parts[run.slab][run.start : run.start + run.rank] for run in self.runs])
+
+    def _new(self, a: Tensor, b: Tensor) -> tuple[Run, TensorSlab]:
+        _check_factors(a, b, (self.out_features, self.in_features), "the new expert")
+        a = a.to(self.device, self.dtype, copy=not a.requires_grad).contiguous()
+        slab = TensorSlab(a, b.T.to(self.device, self.dtype, copy=True).contiguous())
+        return Run(len(self.slabs), 0, a.shape[0]), slab
+
+    def _pruned(self) -> Bank:
+        """The same without the slabs that no expert lies in."""
+        used = sorted({run.slab for run in self.runs})
+        if len(used) == len(self.slabs):
+            return self
+        place = {old: new for new, old in enumerate(used)}
+        return replace(
+            self,
+            slabs=tuple(self.slabs[old] for old in used),
+            runs=tuple(run._replace(slab=place[run.slab]) for run in self.runs),
+        )
+
+    def _index(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"no expert {index}; this bank has {len(self)}")
+        return index % len(self)
+
+    def _compiled_takes(self, *tensors: Tensor) -> bool:
+        from mttl_adapters.kernels import cpu
+
+        return self.dtype in cpu.DTYPES and cpu.takes(*tensors)
+
+    def _grouped_pays(self, x: Tensor, chosen: int) -> bool:
+        """Whether sort-and-group is cheaper for so many choices among the tokens of x."""
+        tokens = x.shape[0]
+        if self.resident:
+            return True
+        if kernels.compiled(x) and self._compiled_takes(x):
+            return tokens < DENSE_TOKENS or chosen * COMPILED_PAIR < tokens * len(self)
         features = self.in_features + self.out_features
-        dense = max(tokens, DENSE_TOKENS) * self.a.shape[0] * features
-        mean_rank = self.a.shape[0] / len(self)
+        total = sum(self.ranks)
+        dense = max(tokens, DENSE_TOKENS) * total * features
+        mean_rank = total / max(1, len(self))
         arithmetic = chosen * (mean_rank + GATHER_RANKS) * features
         return arithmetic + min(chosen, len(self)) * GROUP_COST < dense
+
+    def _read(self, chosen: Chosen, resident: Resident) -> None:
+        """Mark the chosen experts as read."""
+        experts = torch.unique(chosen.experts)
+        experts = experts[experts >= 0]
+        used = self.table[:, 3]
+        fresh = int((used[experts] == 0).sum())
+        used[experts] = resident.tick()
+        if fresh:
+            resident.grown(self, fresh)
 
     def _per_rank(self, gates: Tensor) -> Tensor:
         """(t, e) gates as (t, R), times the scalings."""
@@ -203,11 +428,40 @@ class Bank:
         if len(self) == 1:
             return scaled  # broadcasts over the ranks
         ranks = torch.tensor(self.ranks, device=gates.device)
-        return scaled.repeat_interleave(ranks, dim=1, output_size=self.a.shape[0])
+        return scaled.repeat_interleave(ranks, dim=1, output_size=sum(self.ranks))
 
-    def _check(self, x: Tensor, gates: Tensor) -> None:
-        if x.shape != (gates.shape[0], self.in_features) or gates.shape[1:] != (len(self),):
+    def _check(self, x: Tensor, gates: Tensor | Chosen) -> None:
+        if isinstance(gates, Chosen):
+            if x.dim() != 2 or x.shape != (gates.n_tokens, self.in_features):
+                raise ValueError(
+                    f"got x {tuple(x.shape)} and {gates.n_tokens} tokens with chosen experts; "
+                    f"this bank wants x (t, {self.in_features}) and t tokens"
+                )
+        elif x.shape != (gates.shape[0], self.in_features) or gates.shape[1:] != (len(self),):
             raise ValueError(
                 f"got x {tuple(x.shape)} and gates {tuple(gates.shape)}; "
                 f"this bank wants x (t, {self.in_features}) and gates (t, {len(self)})"
             )
+
+
+def _count(gates: Tensor | Chosen) -> int:
+    """Choices among all tokens; those of no expert count for a :class:`Chosen`, to save a look."""
+    if isinstance(gates, Chosen):
+        return gates.experts.numel() * gates.tokens
+    return int(torch.count_nonzero(gates))
+
+
+def _check_factors(a: Tensor, b: Tensor, features: tuple[int, int], who: str) -> None:
+    if (
+        a.dim() != 2
+        or b.dim() != 2
+        or a.shape[0] != b.shape[1]
+        or ((b.shape[0], a.shape[1]) != features)
+    ):
+        raise ValueError(
+            f"{who} has A {tuple(a.shape)} and B {tuple(b.shape)}; "
+            f"this bank wants A (r, {features[1]}) and B ({features[0]}, r)"
+        )
+
+
+__all__ = ["NONE", "Bank", "Chosen", "Factors", "Resident", "Run", "Slab", "TensorSlab"]

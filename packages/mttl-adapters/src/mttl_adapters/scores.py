@@ -1,0 +1,195 @@
+"""The keys that a token lines up with most: scores of a router, and only those that count.
+
+Several sets of keys are scored together where several layers share one input, as q, k and v do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mttl_adapters import kernels
+
+# From so many keys on, screening in bfloat16 is ahead of float32 products: timed on 2 cores with
+# AVX512-bf16, 576 and 1536 features, 1 to 3 sets, 8 and 2048 tokens.
+SCREENED_KEYS = 128
+
+
+class TopK(NamedTuple):
+    """Scores of the best keys of each token, (t, k), the largest first, and their indices."""
+
+    values: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class _Pointers:
+    """What the compiled kernel is told of the keys; ``packed`` is from this version of them."""
+
+    version: tuple[int, ...]
+    owned: tuple[tuple[Tensor, Tensor], ...]
+    sizes: Any
+    sets: Any
+    packed: Any
+    norms: Any
+
+
+class Keys:
+    """Sets of keys of one input, each (e, i); what a kernel derives from them is kept here.
+
+    Args:
+        sets: of the same i; their numbers of keys may differ. Kept in float32 at least, and copied
+            only if they are not. Changing one in place is seen at the next use.
+    """
+
+    def __init__(self, sets: Tensor | Sequence[Tensor]) -> None:
+        """Check the shapes."""
+        given = [sets] if isinstance(sets, Tensor) else list(sets)
+        if not given or any(
+            keys.dim() != 2 or keys.shape[1] != given[0].shape[1] for keys in given
+        ):
+            shapes = [tuple(keys.shape) for keys in given]
+            raise ValueError(f"got keys of shapes {shapes!r}; they want (e, i) with one i")
+        self.sets = tuple(
+            keys.to(torch.promote_types(keys.dtype, torch.float32)).contiguous() for keys in given
+        )
+        self._stack: tuple[tuple[int, ...], Tensor] | None = None
+        self._pointers: _Pointers | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Keys of each set."""
+        return tuple(keys.shape[0] for keys in self.sets)
+
+    @property
+    def in_features(self) -> int:
+        """Size of the input."""
+        return self.sets[0].shape[1]
+
+    def to(self, device: torch.device | str) -> Keys:
+        """The same keys on ``device``; themselves where they are there already."""
+        if self.sets[0].device == torch.device(device):
+            return self
+        return Keys([keys.to(device) for keys in self.sets])
+
+    @property
+    def stack(self) -> Tensor:
+        """All keys below one another."""
+        if len(self.sets) == 1:
+            return self.sets[0].detach()
+        kept = self._stack
+        if kept is None or kept[0] != self._version:
+            kept = self._stack = (self._version, torch.cat([keys.detach() for keys in self.sets]))
+        return kept[1]
+
+    @property
+    def pointers(self) -> _Pointers:
+        """What the compiled kernel is told, computed again if a set was changed in place."""
+        kept = self._pointers
+        if kept is None or kept.version != self._version:
+            from mttl_adapters.kernels import cpu
+
+            version = self._version
+            owned = tuple(cpu.pack_keys(keys) for keys in self.sets)
+            array = ctypes.c_int64 * len(owned)
+            kept = self._pointers = _Pointers(
+                version,
+                owned,
+                array(*self.sizes),
+                array(*(keys.data_ptr() for keys in self.sets)),
+                array(*(packed.data_ptr() for packed, _ in owned)),
+                array(*(norms.data_ptr() for _, norms in owned)),
+            )
+        return kept
+
+    @property
+    def _version(self) -> tuple[int, ...]:
+        return tuple(0 if keys.is_inference() else keys._version for keys in self.sets)
+
+
+def top_k(x: Tensor, keys: Keys, k: int, *, absolute: bool = False) -> tuple[TopK, ...]:
+    """The k keys of largest ⟨x, v⟩ for each token, for every set of ``keys``.
+
+    Where many keys meet a processor that multiplies bfloat16, a product in bfloat16 screens, and
+    every key that its error bound leaves in doubt is scored again, so that the set is the one of
+    full float32 always: the scores are then float64 sums rounded to float32, and do not depend on
+    what else is in the batch. Elsewhere they are float32 products. Of equal scores the lower index
+    comes first where the kernel is compiled.
+
+    Args:
+        x: (t, i), any float dtype.
+        keys: each set (e, i).
+        k: keys a token gets; all of a set's, where it has fewer.
+        absolute: compare, and give back, absolute values.
+
+    Returns:
+        For each set its best, float32 (float64 if x or a key is). Gradients go through the chosen
+        scores into x and the keys.
+    """
+    if x.dim() != 2 or x.shape[1] != keys.in_features:
+        raise ValueError(f"got x {tuple(x.shape)}; these keys want (t, {keys.in_features})")
+    if isinstance(k, bool) or k < 1:
+        raise ValueError(f"k is {k!r}; it takes a whole number from 1")
+    with torch.no_grad():
+        found = _found(x.detach(), keys, k, absolute)
+    results = []
+    for vectors, (values, indices) in zip(keys.sets, found, strict=True):
+        if torch.is_grad_enabled() and (x.requires_grad or vectors.requires_grad):
+            values = _Gathered.apply(x, vectors, values, indices)
+        results.append(TopK(values.abs() if absolute else values, indices))
+    return tuple(results)
+
+
+def _found(x: Tensor, keys: Keys, k: int, absolute: bool) -> list[tuple[Tensor, Tensor]]:
+    """Signed values and indices."""
+    dtype = torch.promote_types(x.dtype, keys.sets[0].dtype)
+    cpu = kernels.compiled(x, *keys.sets)
+    if cpu is None or dtype != torch.float32 or k > cpu.MOST or not all(keys.sizes):
+        return _plain(x.to(dtype), keys, k, absolute)
+    if (
+        sum(keys.sizes) >= SCREENED_KEYS
+        and cpu.has_screen()
+        and cpu.takes(x)
+        and not any(vectors.requires_grad for vectors in keys.sets)
+    ):
+        return cpu.top_k(x, keys, k, absolute)  # type: ignore[no-any-return]
+    scores = torch.split(x.to(dtype) @ keys.stack.T, list(keys.sizes), dim=1)
+    return [cpu.select(score, min(k, score.shape[1]), absolute) for score in scores]
+
+
+def _plain(x: Tensor, keys: Keys, k: int, absolute: bool) -> list[tuple[Tensor, Tensor]]:
+    found = []
+    for scores in torch.split(x @ keys.stack.to(x.dtype).T, list(keys.sizes), dim=1):
+        ranked = scores.abs() if absolute else scores
+        indices = torch.topk(ranked, min(k, scores.shape[1]), dim=1).indices
+        found.append((scores.gather(1, indices), indices))
+    return found
+
+
+class _Gathered(torch.autograd.Function):
+    """The chosen scores, as if only they had been computed; nothing of size (t, k, i) is made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keys: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(x, keys, indices)
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, keys, indices = ctx.saved_tensors
+        from_x = x.new_zeros(x.shape, dtype=grad.dtype) if ctx.needs_input_grad[0] else None
+        from_keys = torch.zeros_like(keys) if ctx.needs_input_grad[1] else None
+        for place in range(indices.shape[1]):
+            column, weight = indices[:, place], grad[:, place].unsqueeze(1)
+            if from_x is not None:
+                from_x.addcmul_(weight, keys.detach()[column].to(grad.dtype))
+            if from_keys is not None:
+                from_keys.index_add_(0, column, (weight * x).to(keys.dtype))
+        return None if from_x is None else from_x.to(x.dtype), from_keys, None, None

@@ -1,0 +1,145 @@
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from mttl_adapters import kernels
+from mttl_adapters.bank import Bank
+from mttl_adapters.bank_files import BankFiles
+from mttl_adapters.chosen import Chosen
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def kernel(request):
+    if request.param == "cpu" and kernels.missing():
+        pytest.skip(kernels.missing())
+    with kernels.using(request.param):
+        yield request.param
+
+
+def make_expert(seed: int, rank: int = 4, features: int = 40, modules: str = "qv"):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"layers.0.{module}_proj": (
+            torch.randn(rank, features, generator=generator),
+            torch.randn(24, rank, generator=generator),
+            0.5 + seed,
+        )
+        for module in modules
+    }
+
+
+def test_a_mapped_bank_is_the_bank_of_the_tensors(kernel, tmp_path):
+    experts = [make_expert(0), make_expert(1, rank=7), make_expert(2, modules="q"), make_expert(3)]
+    files = BankFiles(tmp_path)
+    files.add_all((f"d{number}", expert) for number, expert in enumerate(experts))
+    banks = files.banks(["d3", "d0", "d2", "d1"])
+    assert list(banks) == ["layers.0.q_proj", "layers.0.v_proj"]
+    assert banks["layers.0.v_proj"].ranks == (4, 4, 0, 7)
+    x = torch.randn(50, 40)
+    for module, bank in banks.items():
+        column = [experts[number].get(module) for number in (3, 0, 2, 1)]
+        nothing = (torch.zeros(0, 40), torch.zeros(24, 0), 1.0)
+        expected = Bank.from_factors([factors or nothing for factors in column])
+        torch.testing.assert_close(bank.a, expected.a, rtol=0, atol=0)
+        torch.testing.assert_close(bank.b, expected.b, rtol=0, atol=0)
+        chosen = Chosen(torch.randint(0, 4, (50, 2)), torch.rand(50, 2))
+        torch.testing.assert_close(
+            bank.apply(x, chosen), expected.apply(x, chosen), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_adding_an_expert_writes_that_expert_alone_and_twice_writes_once(tmp_path):
+    files = BankFiles(tmp_path)
+    files.add("one", make_expert(0))
+    (path,) = files.folder.iterdir()
+    before = path.stat()
+    bank = files.banks(["one"])["layers.0.q_proj"]
+    files.add("two", make_expert(1))
+    files.add("one", make_expert(5))  # the same digest is the same expert
+    after = path.stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert sorted(item.name for item in files.folder.iterdir()) == [
+        "one.safetensors",
+        "two.safetensors",
+    ]
+    assert "two" in files
+    assert "three" not in files
+    assert len(bank.append(*make_expert(1)["layers.0.q_proj"])) == 2
+
+
+def test_bfloat16_takes_half_and_stays_within_its_rounding(tmp_path):
+    expert = make_expert(0, features=4000)
+    wide, narrow = BankFiles(tmp_path), BankFiles(tmp_path, dtype=torch.bfloat16)
+    for files in (wide, narrow):
+        files.add("one", expert)
+    sizes = [next(files.folder.iterdir()).stat().st_size for files in (wide, narrow)]
+    assert sizes[1] < 0.55 * sizes[0]
+    a, b, _ = expert["layers.0.q_proj"]
+    bank = narrow.banks(["one"])["layers.0.q_proj"]
+    exact, found = b @ a, bank.b.float() @ bank.a.float()
+    assert (found - exact).norm() < 0.004 * exact.norm()
+
+
+def test_two_writers_of_one_expert_leave_one_whole_file(tmp_path):
+    files, expert = BankFiles(tmp_path), make_expert(0)
+    threads = [threading.Thread(target=files.add, args=("one", expert)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [item.name for item in files.folder.iterdir()] == ["one.safetensors"]
+    torch.testing.assert_close(
+        files.banks(["one"])["layers.0.q_proj"].a, expert["layers.0.q_proj"][0]
+    )
+
+
+def test_what_is_wrong_is_named(tmp_path):
+    files = BankFiles(tmp_path)
+    with pytest.raises(ValueError, match="'../x' is no digest"):
+        files.add("../x", make_expert(0))
+    with pytest.raises(FileNotFoundError):
+        files.banks(["nope"])
+    files.add("one", make_expert(0))
+    files.add("two", make_expert(1, features=41))
+    with pytest.raises(ValueError, match=r"disagree on 'layers.0.q_proj'.*\(40, 24\), \(41, 24\)"):
+        files.banks(["one", "two"])
+    with pytest.raises(TypeError, match="torch.int64"):
+        BankFiles(tmp_path, dtype=torch.int64)
+
+
+def resident(folder) -> int:
+    """Bytes of this process's memory that lie in files of a folder."""
+    total, inside = 0, False
+    with Path("/proc/self/smaps").open() as lines:
+        for line in lines:
+            if "-" in line.split(" ", 1)[0]:
+                inside = str(folder) in line
+            elif inside and line.startswith("Rss:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resident_memory_follows_use_and_stays_within_its_bound(kernel, tmp_path):
+    files = BankFiles(tmp_path, resident_bytes=8 * 2**20)
+    files.add_all((f"d{n}", make_expert(n, rank=16, features=6000)) for n in range(60))
+    banks = files.banks([f"d{n}" for n in range(60)])
+    used = resident(files.folder)
+    assert used < 6 * 2**20  # the headers
+    x = torch.randn(6, 6000)
+    whole = {
+        module: Bank.from_factors([make_expert(n, 16, 6000)[module] for n in range(60)])
+        for module in banks
+    }
+    highest = 0
+    for start in range(0, 60, 6):
+        chosen = Chosen(torch.arange(start, start + 6).unsqueeze(1), torch.ones(6, 1))
+        for module, bank in banks.items():
+            torch.testing.assert_close(
+                bank.apply(x, chosen), whole[module].apply(x, chosen), rtol=1e-4, atol=1e-2
+            )
+            highest = max(highest, resident(files.folder))
+    assert 4 * 2**20 < highest <= used + 8 * 2**20

@@ -1,0 +1,160 @@
+import pytest
+import torch
+from torch import Tensor
+
+from mttl_adapters import kernels
+from mttl_adapters.scores import SCREENED_KEYS, Keys, top_k
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def kernel(request):
+    if request.param == "cpu" and kernels.missing():
+        pytest.skip(kernels.missing())
+    with kernels.using(request.param):
+        yield request.param
+
+
+def best(x: Tensor, keys: Tensor, k: int, absolute: bool) -> torch.return_types.topk:
+    """In full, in float64."""
+    scores = x.double() @ keys.double().T
+    return (scores.abs() if absolute else scores).topk(min(k, len(keys)), dim=1)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 5, 64])
+@pytest.mark.parametrize(
+    ("sizes", "features"), [([3], 8), ([130, 7, 64], 33), ([256], 576), ([16, 200], 1)]
+)
+def test_every_set_has_its_best_in_order(kernel, sizes, features, k, absolute):
+    sets = [torch.randn(size, features) for size in sizes]
+    x = torch.randn(29, features)
+    for keys, found in zip(sets, top_k(x, Keys(sets), k, absolute=absolute), strict=True):
+        expected = best(x, keys, k, absolute)
+        torch.testing.assert_close(found.values.double(), expected.values, atol=1e-4, rtol=1e-5)
+        scores = x.double() @ keys.double().T
+        named = (scores.abs() if absolute else scores).gather(1, found.indices)
+        torch.testing.assert_close(named, expected.values, atol=1e-4, rtol=1e-5)
+        assert all(len(set(line)) == len(line) for line in found.indices.tolist())
+
+
+@pytest.mark.parametrize("gap", [2**-5, 2**-7, 2**-9, 2**-11])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_near_ties_that_bfloat16_cannot_tell_apart_are_told_apart(kernel, gap, dtype):
+    """Keys a hair apart: the screen orders them at random, the answer must not."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 576, generator=generator).to(dtype)
+    direction = torch.nn.functional.normalize(torch.randn(576, generator=generator), dim=0)
+    near = torch.randn(SCREENED_KEYS + 9, 576, generator=generator) * gap / 24
+    keys = direction + near
+    (found,) = top_k(x, Keys([keys]), 2, absolute=True)
+    expected = best(x, keys, 3, absolute=True)
+    clear = expected.values[:, 1] - expected.values[:, 2] > 1e-6 * x.double().norm(dim=1)
+    assert clear.sum() > 8
+    assert (found.indices.sort(1).values == expected.indices[:, :2].sort(1).values)[clear].all()
+
+
+def test_adversarial_rounding_does_not_fool_the_screen(kernel):
+    """Entries halfway between two bfloat16 numbers, rounded against the best key."""
+    n, e = 512, 256
+    x = torch.full((4, n), 1.0 + 2**-8)  # rounds down to 1, as far as can be
+    keys = torch.full((e, n), 1.0 + 2**-7)  # exact: screened at 1.0078 n
+    keys[77] += 2**-8 - 2**-9 * 0.98  # a little larger; rounds down
+    keys[99] = 1.0 + 2**-7 + 2**-9 * 1.01
+    keys[100] = keys[99]
+    (found,) = top_k(x, Keys([keys]), 3)
+    assert {*best(x, keys, 3, False).indices[0].tolist()} == {77, 99, 100}
+    assert all(set(line) == {77, 99, 100} for line in found.indices.tolist())
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e-3, 1e18, 3e38])
+def test_scales_at_the_ends_of_float32_keep_the_order(kernel, scale):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 64, generator=generator).clamp(-1, 1) * scale
+    keys = torch.randn(200, 64, generator=generator) / (1 if scale < 1e18 else 1e3)
+    (found,) = top_k(x, Keys([keys]), 2, absolute=True)
+    expected = best(x, keys, 2, True)
+    clear = expected.values < 3e38
+    if scale > 1e-30:  # what float32 itself can tell
+        assert (found.indices == expected.indices)[clear].all()
+
+
+def test_massive_activations_cost_time_but_not_exactness(kernel):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(40, 576, generator=generator)
+    x[:, 3] = 3001.7
+    keys = torch.randn(256, 576, generator=generator)
+    keys[:, 3] = 0.001 * torch.randn(256, generator=generator)
+    (found,) = top_k(x, Keys([keys]), 2, absolute=True)
+    expected = best(x, keys, 3, True)
+    clear = expected.values[:, 1] - expected.values[:, 2] > 0.01
+    assert (found.indices.sort(1).values == expected.indices[:, :2].sort(1).values)[clear].all()
+
+
+def test_infinite_and_missing_numbers_come_first_as_in_torch(kernel):
+    keys = torch.randn(200, 16).abs()
+    x = torch.ones(3, 16)
+    keys[150] = torch.nan
+    keys[151] = torch.inf
+    (found,) = top_k(x, Keys([keys]), 2)
+    assert found.indices.tolist() == [[150, 151]] * 3
+    x[1, 0] = torch.nan
+    (found,) = top_k(x, Keys([torch.randn(200, 16)]), 2)
+    assert found.values[1].isnan().all()
+    assert found.values[0].isfinite().all()
+
+
+@pytest.mark.skipif(kernels.missing() is not None, reason="of the compiled kernel alone")
+def test_equal_scores_go_to_the_lower_index_and_the_batch_does_not_matter():
+    keys = torch.randn(5, 40).repeat(60, 1)
+    x = torch.randn(33, 40)
+    with kernels.using("cpu"):
+        (whole,) = top_k(x, Keys([keys]), 3, absolute=True)
+        assert (whole.indices.diff(dim=1) == 5).all()
+        for token in (0, 7, 32):
+            (alone,) = top_k(x[token : token + 1], Keys([keys]), 3, absolute=True)
+            assert torch.equal(alone.indices[0], whole.indices[token])
+            torch.testing.assert_close(alone.values[0], whole.values[token], rtol=1e-6, atol=1e-6)
+
+
+def test_keys_changed_in_place_are_seen(kernel):
+    vectors = torch.randn(SCREENED_KEYS, 24)
+    other = torch.randn(4, 24)
+    keys = Keys([vectors, other])
+    x = torch.randn(3, 24)
+    top_k(x, keys, 1)
+    vectors[5] = 100 * x[1]
+    (found, _) = top_k(x, keys, 1)
+    assert found.indices[1].item() == 5
+
+
+def test_keys_are_few_or_none(kernel):
+    few, none = top_k(torch.randn(3, 8), Keys([torch.randn(2, 8), torch.zeros(0, 8)]), 4)
+    assert few.indices.shape == (3, 2)
+    assert none.values.shape == (3, 0)
+    (empty,) = top_k(torch.zeros(0, 8), Keys(torch.randn(200, 8)), 4)
+    assert empty.indices.shape == (0, 4)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("e", [6, SCREENED_KEYS])
+def test_gradients_go_through_the_chosen_scores(kernel, e, absolute):
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    keys = torch.randn(e, 10, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor, keys: Tensor) -> Tensor:
+        return top_k(x, Keys(keys), 2, absolute=absolute)[0].values
+
+    assert torch.autograd.gradcheck(function, (x, keys), fast_mode=True)
+    single = x.detach().float().requires_grad_()
+    function(single, keys.detach().float()).sum().backward()
+    function(x, keys).sum().backward()
+    torch.testing.assert_close(single.grad, x.grad.float())
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match=r"x \(2, 3\); these keys want \(t, 8\)"):
+        top_k(torch.zeros(2, 3), Keys(torch.zeros(4, 8)), 1)
+    with pytest.raises(ValueError, match=r"shapes \[\(4, 8\), \(4, 9\)\]"):
+        Keys([torch.zeros(4, 8), torch.zeros(4, 9)])
+    with pytest.raises(ValueError, match="k is 0"):
+        top_k(torch.zeros(2, 8), Keys(torch.zeros(4, 8)), 0)
