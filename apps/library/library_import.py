@@ -6,11 +6,11 @@ import json
 from typing import TYPE_CHECKING
 
 import click
+from library_options import open_or_none
 
 from mttl_experts.jobs import bar, console, known_errors, say
 
 if TYPE_CHECKING:
-    from mttl_experts import ExpertLibrary
     from mttl_experts.interop import ImportPlan
 
 
@@ -56,7 +56,7 @@ def import_experts(
                 )
             experts = [renamed(experts[0], name)]
         left_out = [f"{one.folder.address}: {line}" for one in found for line in one.left_out]
-        target = _opened(library)
+        target = open_or_none(library)
         with bar("comparing", stderr=as_json) as shown:
             plan = plan_import(target, experts, shown.update)
         if not as_json:
@@ -90,17 +90,6 @@ def _check_excluded(exclude: str | None, met: list[str]) -> None:
     for name in (exclude or "").split(","):
         if name.strip() and name.strip() not in met:
             raise click.ClickException(f"--exclude {name.strip()!r}: no source has such an expert")
-
-
-def _opened(library: str) -> ExpertLibrary | None:
-    """The library, None while there is none; nothing is made before the answer is yes."""
-    from mttl_experts import ExpertLibrary
-    from mttl_storage import NotFound
-
-    try:
-        return ExpertLibrary(library)
-    except NotFound:
-        return None
 
 
 def _show(plan: ImportPlan, left_out: list[str], uri: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from library_options import as_json, in_library, open_library, show, weights_of
+from library_options import as_json, in_library, open_library, open_or_none, show, weights_of
 
 from mttl_experts.jobs import bar, known_errors, say
 
@@ -59,14 +59,16 @@ def merge(
         chosen = ExpertLibrary.get_expert_library(library, selection=wanted)
         if weights is not None:
             settings["weights"] = weights_of(weights, list(chosen))
+        target = open_or_none(into or library)
         with bar(f"merging {len(chosen)} experts by {method}", stderr=as_json) as shown:
             try:
                 result = merged_of(
-                    chosen, method, name=name, progress=shown.update, **settings, **given
-                )
+                    chosen, method, name=name, kept_in=target, progress=shown.update,
+                    **settings, **given,
+                )  # fmt: skip
             except ValueError as error:  # an option that the method does not take
                 raise click.UsageError(str(error)) from error
-        target = ExpertLibrary(into or library, create=into is not None)
+        target = target or ExpertLibrary(into or library, create=into is not None)
         target.add_expert(result)
     report = (result.expert_info.training_config or {})["report"]
     done = {

@@ -36,6 +36,17 @@ def open_library(library: str, read_only: bool = True) -> ExpertLibrary:
         return ExpertLibrary(library)
 
 
+def open_or_none(library: str) -> ExpertLibrary | None:
+    """The library at an address to be changed; None while there is none, and none is made."""
+    from mttl_experts import ExpertLibrary
+    from mttl_storage import NotFound
+
+    try:
+        return ExpertLibrary(library)
+    except NotFound:
+        return None
+
+
 def expert_of(library: ExpertLibrary, name: str) -> Expert:
     """An expert by name, or one of an older generation as ``NAME@GENERATION``."""
     before, at, generation = name.rpartition("@")

@@ -72,7 +72,13 @@ def test_weights_rank_and_another_library(app, address, tmp_path):
     )
     assert 0 < done["energy_kept"] < 1
     assert list(ExpertLibrary(into)) == [done["expert"]]
-    assert "both" not in ExpertLibrary(address)
+    assert list(ExpertLibrary(address)) == ["one", "two"]
+
+
+def test_a_merge_that_another_library_keeps_is_found_there(app, address, tmp_path, monkeypatch):
+    first = merged(app, address, "uniform", "--into", f"local://{tmp_path}/merges")
+    monkeypatch.delattr(sys.modules["mttl_routing.merge"], "factored")
+    assert merged(app, address, "uniform", "--into", f"local://{tmp_path}/merges") == first
 
 
 @pytest.mark.parametrize(

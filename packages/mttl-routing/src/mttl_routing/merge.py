@@ -43,6 +43,7 @@ def merge(
     seed: int = 0,
     name: str | None = None,
     strict: bool = False,
+    kept_in: ExpertLibrary | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Expert:
@@ -51,8 +52,8 @@ def merge(
     Ranks, alphas, rsLoRA and per-module patterns may differ. A module that an expert leaves alone
     counts as ΔW zero there, and the report says so. The bytes of the result do not depend on the
     order of the experts. It records its parents, its recipe and a report under
-    ``expert_info.training_config``. Where ``experts`` is a library that keeps the result of the
-    very same recipe, that one is given, and nothing is computed.
+    ``expert_info.training_config``. Where a library keeps the result of the very same recipe, that
+    one is given, and nothing is computed.
 
     Args:
         experts: a library, or any iterable of experts of one base model.
@@ -70,6 +71,7 @@ def merge(
         name: of the result; the method and the first digits of the recipe digest if not given.
         strict: refuse experts for the same base under other weights (its fingerprint), tokenizer or
             template; else that is a warning which names both digests.
+        kept_in: library that may keep the result already; that of ``experts``, if they are one.
         progress: told of each module: "", how many are merged, and how many there are.
         **options: what the method takes besides, such as ``density``; :data:`MERGES` has the names
             and defaults, the method's function says what they mean.
@@ -83,10 +85,11 @@ def merge(
     """
     plan = plan_merge(experts_of(experts), method, weights, rank, scale, seed, options)
     check_one_base(plan.experts, strict=strict)
-    if isinstance(experts, ExpertLibrary):
-        kept = experts.made_by(recipe_digest(plan.recipe))
-        if kept is not None:
-            return kept if name is None else _renamed(kept, name)
+    if kept_in is None and isinstance(experts, ExpertLibrary):
+        kept_in = experts
+    kept = None if kept_in is None else kept_in.made_by(recipe_digest(plan.recipe))
+    if kept is not None:
+        return kept if name is None else _renamed(kept, name)
 
     results: dict[str, Factored] = {}
     missing: dict[str, list[str]] = {}
