@@ -5,19 +5,33 @@ from mttl_routing.cohort import check_one_base
 from mttl_routing.merge import merge
 from mttl_routing.merges import MERGES, LowRank, Merge, MergeRule, Update
 from mttl_routing.routed_model import RoutedModel, apply_expert
-from mttl_routing.routers import ROUTERS, Arrow, Layer, Router, Rows, Task, Uniform
+from mttl_routing.routers import (
+    ROUTERS,
+    Arrow,
+    FollowsExperts,
+    Layer,
+    Prompt,
+    Router,
+    Rows,
+    SequenceRouter,
+    Task,
+    Uniform,
+)
 
 __all__ = [
     "MERGES",
     "ROUTERS",
     "Arrow",
+    "FollowsExperts",
     "Layer",
     "LowRank",
     "Merge",
     "MergeRule",
+    "Prompt",
     "RoutedModel",
     "Router",
     "Rows",
+    "SequenceRouter",
     "Task",
     "Uniform",
     "Update",

@@ -22,7 +22,7 @@ from mttl_adapters.bank import Bank
 from mttl_experts import Expert
 from mttl_routing.attachment import attachment_points, base_of
 from mttl_routing.cohort import Experts, check_one_base, experts_of, factors_by_module
-from mttl_routing.routers import ROUTERS, Layer, Router, RouterOptions, Rows
+from mttl_routing.routers import ROUTERS, AnyRouter, Layer, RouterOptions, Rows
 from mttl_routing.routers.arrow import prototypes_in_library, prototypes_of
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class RoutedModel:
         self,
         base_model: BaseModel | PreTrainedModel,
         experts: Sequence[Expert],
-        router: Router,
+        router: AnyRouter,
         *,
         combine: str = "after",
         dtype: torch.dtype | None = None,
@@ -90,7 +90,7 @@ class RoutedModel:
                 "or use it in a `with` block"
             )
         experts = sorted(experts, key=lambda expert: expert.name)
-        self.router = router
+        self.router: Any = router
         self.experts = tuple(expert.name for expert in experts)
         self.combine = combine
         if len(set(self.experts)) < len(experts):
@@ -119,7 +119,7 @@ class RoutedModel:
     def from_library(
         cls,
         library: ExpertLibrary,
-        router: str | Router = "arrow",
+        router: str | AnyRouter = "arrow",
         top_k: int = 4,
         combine: str = "after",
         temperature: float = 1.0,
@@ -142,7 +142,7 @@ class RoutedModel:
     def from_experts(
         cls,
         experts: Experts,
-        router: str | Router = "arrow",
+        router: str | AnyRouter = "arrow",
         top_k: int = 4,
         combine: str = "after",
         temperature: float = 1.0,
@@ -321,7 +321,7 @@ def apply_expert(
         yield routed
 
 
-def _build(router: str | Router, experts: Sequence[Expert], options: RouterOptions) -> Router:
+def _build(router: str | AnyRouter, experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
     if not isinstance(router, str):
         return router
     if router not in ROUTERS:

@@ -10,18 +10,30 @@ from torch import Tensor
 
 from mttl_experts import Expert
 from mttl_routing.routers.arrow import Arrow, arrow_prototypes
-from mttl_routing.routers.protocol import Layer, Router, Rows
+from mttl_routing.routers.protocol import (
+    AnyRouter,
+    FollowsExperts,
+    Layer,
+    Prompt,
+    Router,
+    Rows,
+    SequenceRouter,
+)
 from mttl_routing.routers.task import Task
 from mttl_routing.routers.uniform import Uniform
 
 __all__ = [
     "ROUTERS",
+    "AnyRouter",
     "Arrow",
+    "FollowsExperts",
     "Layer",
+    "Prompt",
     "Router",
     "RouterKind",
     "RouterOptions",
     "Rows",
+    "SequenceRouter",
     "Task",
     "Uniform",
     "arrow_prototypes",
@@ -49,19 +61,19 @@ class RouterOptions:
 class RouterKind:
     """One router: how it is built from the experts, and where it was published."""
 
-    build: Callable[[Sequence[Expert], RouterOptions], Router]
+    build: Callable[[Sequence[Expert], RouterOptions], AnyRouter]
     paper: str
 
 
-def _arrow(experts: Sequence[Expert], options: RouterOptions) -> Router:
+def _arrow(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
     return Arrow(options.prototypes(experts), top_k=options.top_k, temperature=options.temperature)
 
 
-def _task(experts: Sequence[Expert], options: RouterOptions) -> Router:
+def _task(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
     return Task({expert.name: expert.expert_info.tasks for expert in experts})
 
 
-def _uniform(experts: Sequence[Expert], options: RouterOptions) -> Router:
+def _uniform(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
     return Uniform()
 
 
