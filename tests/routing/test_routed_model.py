@@ -335,8 +335,8 @@ def test_it_is_used_like_the_base(base, mixed_experts):
         assert "4 experts" in repr(routed)
         with pytest.raises(AttributeError, match="no_such_thing"):
             _ = routed.no_such_thing
-        with pytest.raises(AttributeError, match=r"save_pretrained.*leave the experts out"):
-            routed.save_pretrained("nowhere")
+        with pytest.raises(AttributeError, match=r"push_to_hub.*leave the experts out"):
+            routed.push_to_hub("nowhere")
 
 
 def test_gradients_reach_the_input_through_the_experts(base, mixed_experts, tokens):

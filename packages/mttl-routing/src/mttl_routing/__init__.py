@@ -17,6 +17,7 @@ from mttl_routing.routers import (
     Task,
     Uniform,
 )
+from mttl_routing.trace import Trace
 
 __all__ = [
     "MERGES",
@@ -33,6 +34,7 @@ __all__ = [
     "Rows",
     "SequenceRouter",
     "Task",
+    "Trace",
     "Uniform",
     "Update",
     "apply_expert",

@@ -23,7 +23,9 @@ class Base:
 
     model: Any
     model_id: str | None = None
+    revision: str | None = None
     fingerprint: str | None = None
+    tokenizer: Any = None
     tokenizer_digest: str | None = None
     template_digest: str | None = None
 
@@ -34,7 +36,9 @@ def base_of(base_model: BaseModel | PreTrainedModel) -> Base:
         return Base(
             model=base_model.model,
             model_id=base_model.model_id,
+            revision=getattr(base_model, "revision", None),
             fingerprint=base_model.fingerprint,
+            tokenizer=base_model.tokenizer,
             tokenizer_digest=base_model.tokenizer_digest,
             template_digest=base_model.template_digest,
         )

@@ -18,6 +18,7 @@ from mttl_routing.routers.protocol import (
     Router,
     Rows,
     SequenceRouter,
+    Tasks,
 )
 from mttl_routing.routers.task import Task
 from mttl_routing.routers.uniform import Uniform
@@ -35,6 +36,7 @@ __all__ = [
     "Rows",
     "SequenceRouter",
     "Task",
+    "Tasks",
     "Uniform",
     "arrow_prototypes",
 ]

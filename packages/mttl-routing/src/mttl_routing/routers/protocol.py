@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 from torch import Tensor
 
 from mttl_adapters.bank import Bank
+from mttl_adapters.chosen import Chosen
 from mttl_experts import Expert
 
 Made = TypeVar("Made")
@@ -175,7 +176,7 @@ class Prompt:
 class Router(Protocol):
     """Decides for each token what share of each expert it gets."""
 
-    def gates(self, x: Tensor, layer: Layer, rows: Rows) -> Tensor:
+    def gates(self, x: Tensor, layer: Layer, rows: Rows) -> Tensor | Chosen:
         """Gates of the tokens at one layer; the layer adds Σ_e g_e s_e B_e A_e x to its output.
 
         Called at every forward pass, with and without a KV cache, for every adapted layer; so a
@@ -188,7 +189,8 @@ class Router(Protocol):
 
         Returns:
             (t, e) float32 on the device of ``x``, one column for each of ``layer.experts``; an
-            expert with gate 0 is not computed where that saves time.
+            expert with gate 0 is not computed where that saves time. Or a ``Chosen``, which names
+            the few that are not 0 and spares the (t, e) numbers.
         """
         ...
 

@@ -1,0 +1,361 @@
+"""The hooks by which a base model consults its experts, and what one forward goes through.
+
+Entry hooks sit on the model, its backbone and its encoder: they open and close a :class:`Call`,
+and find or make what holds for its rows. Layer hooks add what the chosen experts make of a layer's
+input to its output, and touch nothing else: so the base may be quantised.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mttl_adapters.chosen import NONE, Chosen
+from mttl_routing.blocks import GRANULARITIES, group_of
+from mttl_routing.call import Call, Gates, Scope, call_of, scope_of, scoped, set_call
+from mttl_routing.decided import (
+    Decided,
+    cache_among,
+    in_cache,
+    on_states,
+    put_in_cache,
+    put_on_states,
+)
+from mttl_routing.roster import Roster
+from mttl_routing.routers import Layer, Prompt
+
+
+class Hooks:
+    """A base model with its hooks, and all that they look at.
+
+    Attributes:
+        model: the base.
+        router: what chooses.
+        roster: the experts as the next forward will see them.
+        combine: ``after`` or ``before``.
+        granularity: which layers share a decision.
+        tokenizer: for routers that read the prompt's text.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        router: Any,
+        roster: Roster,
+        *,
+        combine: str,
+        granularity: str,
+        tokenizer: Any,
+    ) -> None:
+        """Check the choices; nothing is attached yet."""
+        if combine not in ("after", "before"):
+            raise ValueError(f"combine is {combine!r}; it takes 'after' or 'before'")
+        if granularity not in GRANULARITIES:
+            raise ValueError(
+                f"granularity is {granularity!r}; it takes {', '.join(map(repr, GRANULARITIES))}"
+            )
+        self._by_token = callable(getattr(router, "gates", None))
+        self._by_row = callable(getattr(router, "decide", None))
+        if not (self._by_token or self._by_row):
+            raise TypeError(
+                f"{router!r} is no router: it has no method gates(x, layer, rows) or decide(prompt)"
+            )
+        self.model = model
+        self.router = router
+        self.roster = roster
+        self.combine = combine
+        self.granularity = granularity
+        self.tokenizer = tokenizer
+        self._together: dict[str, tuple[str, ...]] = {}
+        self._groups: dict[str, Hashable] = {}
+        self._handles: list[Any] = []
+        self._entries: dict[nn.Module, tuple[str, ...]] = {}
+        self._encoder: nn.Module | None = None
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are in place."""
+        return bool(self._handles)
+
+    def attach(self, points: Mapping[str, nn.Module]) -> None:
+        """Put the hooks on the model, and on its layers by path."""
+        entries = [self.model, getattr(self.model, "base_model", self.model)]
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            self._encoder = self.model.get_encoder()
+            entries.append(self._encoder)
+            self._handles.append(
+                self.model.get_decoder().register_forward_pre_hook(self._read, with_kwargs=True)
+            )
+        for module in dict.fromkeys(entries):
+            self._entries[module] = tuple(inspect.signature(module.forward).parameters)
+            self._handles += [
+                module.register_forward_pre_hook(self._enter, with_kwargs=True),
+                module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+            ]
+        self.attach_layers(points)
+
+    def attach_layers(self, points: Mapping[str, nn.Module]) -> None:
+        """Put hooks on more layers; once on each."""
+        for path, module in points.items():
+            if path not in self._groups:
+                self._groups[path] = group_of(path, self.model, self.granularity)
+                hook = partial(self._add, path)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Take all hooks off; once is enough."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # What a forward goes through.
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        scope, outer = scope_of(self), call_of(self)
+        if scope.bare or (outer is not None and module is not self.model):
+            return
+        inputs = {**dict(zip(self._entries[module], args, strict=False)), **kwargs}
+        roster = self.roster.without(scope.without)
+        call = Call(module, roster, self._together, trace=scope.trace, outer=outer)
+        ids = _first(inputs.get("input_ids"), inputs.get("inputs_embeds"))
+        if ids is not None and self._encoder is None:
+            call.shape = (ids.shape[0], ids.shape[1])
+        if scope.trace is not None:
+            kept = cache_among(inputs)
+            call.start = 0 if kept is None else int(kept.get_seq_length())
+            if ids is not None:
+                call.mask = _mask(inputs.get("attention_mask"), ids).bool()
+        call.decided = self._decided(scope, roster, inputs)
+        set_call(self, call)
+
+    def _leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        call = call_of(self)
+        if call is None or call.entry is not module or scope_of(self).bare:
+            return
+        call.forget()
+        set_call(self, call.outer)
+        if output is None or call.decided is None:  # None after an error
+            return
+        kept = cache_among(output)
+        if kept is not None:
+            put_in_cache(kept, call.decided)
+        if module is self._encoder:
+            put_on_states(output[0], call.decided)
+
+    def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = call_of(self)
+        if call is not None:
+            call.states = kwargs.get("encoder_hidden_states")
+
+    def _add(
+        self,
+        path: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+    ) -> Tensor | None:
+        """A layer's output with what its experts add, rounded once to the output's dtype."""
+        scope = scope_of(self)
+        if scope.bare:
+            return None
+        call = call_of(self)
+        if call is None:  # a layer, or a part of the model, that was called by itself
+            roster = self.roster.without(scope.without)
+            tasks = None if scope.tasks is None else Decided((), tasks=scope.tasks)
+            call = Call(None, roster, {}, decided=tasks, trace=scope.trace)
+        if path not in call.roster.banks:
+            return None
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        layer = call.roster.layer(path, x.device)
+        flat = x.reshape(-1, x.shape[-1])  # (t, i)
+        gates = self._gates(call, layer, x, flat)
+        bank = layer.bank
+        if self.combine == "before":
+            update = bank.apply_before(flat, gates)
+            return (output + update.view(output.shape)).to(output.dtype)
+        added = bank.add_to(output.reshape(-1, output.shape[-1]), flat, gates)
+        return added.view(output.shape)
+
+    def _gates(self, call: Call, layer: Layer, x: Tensor, flat: Tensor) -> Gates:
+        rows = call.rows(layer.module, x)
+        if not self._by_token:
+            gates = call.spread(rows)
+        else:
+            group = self._groups[layer.module]
+            # What reads the encoder's output in a decoder has other tokens than its neighbours.
+            shared = None if group is None else (group, x is call.states, x.shape[:-1])
+            found = None if shared is None else call.gates.get(shared)
+            gates = self.router.gates(flat, layer, rows) if found is None else _on(found, x.device)
+            if shared is not None and found is None:
+                call.gates[shared] = gates
+        if layer.disabled:
+            gates = _without(gates, layer)
+        if call.trace is not None:
+            call.trace.record(call, layer, rows, gates)
+        return gates
+
+    # What holds for the rows.
+
+    def _decided(self, scope: Scope, roster: Roster, inputs: Mapping[str, Any]) -> Decided | None:
+        """What was decided for the rows of this batch before, or else what is decided now."""
+        generation, states = scope.generation, _states(inputs)
+        found = in_cache(cache_among(inputs)) or on_states(states)
+        if found is None and scope.tasks is None and not self._by_row:
+            return None
+        before = None if generation is None else generation.decided
+        tasks = scope.tasks if before is None else None  # later steps have them from the first
+        found = found or before
+        rows = _first(*map(inputs.get, ("input_ids", "inputs_embeds", "decoder_input_ids")), states)
+        count = None if rows is None else rows.shape[0]
+        if found is not None and (tasks is not None and found.tasks not in (None, tasks)):
+            found = None
+        if found is None or (self._by_row and found.gates is None):
+            found = self._anew(scope, roster, inputs, tasks if found is None else found.tasks)
+        if tasks is not None:
+            found = replace(found, tasks=tasks)
+        if generation is not None and generation.decided is None:
+            generation.decided = found
+        return _for_rows(found.in_columns(roster.names), count, generation is not None)
+
+    def _anew(self, scope: Scope, roster: Roster, inputs: Mapping[str, Any], tasks: Any) -> Decided:
+        if not self._by_row:
+            return Decided(roster.names, None, tasks)
+        ids = inputs.get("input_ids")
+        if ids is None:
+            what = "encoder_outputs alone" if _states(inputs) is not None else "embeddings alone"
+            raise ValueError(
+                f"this router decides by the prompt's input_ids, and the call gives {what}; give "
+                "input_ids, or let the routed model's own generate do the whole"
+            )
+        mask = _mask(inputs.get("attention_mask"), ids)
+        generation = scope.generation
+        if generation is not None and generation.ids is not None:
+            whole = generation.ids
+            if ids.shape[1] < whole.shape[1]:  # the first chunk of a long prompt
+                ids, mask = whole, _mask(generation.mask, whole)
+            else:  # what transformers expanded for beams and several sequences
+                times = max(1, ids.shape[0] // whole.shape[0])
+                ids, mask = ids[::times], mask[::times]
+        prompt = Prompt(
+            ids, mask, tasks, roster.names, roster.columns, self.tokenizer,
+            partial(self._observe, ids, mask),
+        )  # fmt: skip
+        gates = self.router.decide(prompt)
+        wanted = (ids.shape[0], len(roster.names))
+        if gates.shape != wanted:
+            raise ValueError(
+                f"the router decided gates {tuple(gates.shape)}; this model wants {wanted}, one "
+                "line a row of the prompt and one column an expert"
+            )
+        if roster.columns:
+            gates = gates.clone()
+            gates[:, sorted(roster.columns)] = 0.0
+        return Decided(roster.names, gates, tasks)
+
+    @torch.no_grad()
+    def _observe(self, ids: Tensor, mask: Tensor, modules: Sequence[str]) -> dict[str, Tensor]:
+        """Inputs (b, s, i) of some modules as the base alone sees a prompt, by one forward."""
+        seen: dict[str, Tensor] = {}
+        thread = scope_of(self)
+        inner = replace(thread, bare=True)
+
+        def see(path: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if scope_of(self) is inner:  # not a forward of another thread
+                seen[path] = args[0] if args else next(iter(kwargs.values()))
+
+        handles = [
+            self.model.get_submodule(path).register_forward_pre_hook(
+                partial(see, path), with_kwargs=True
+            )
+            for path in modules
+        ]
+        try:
+            with scoped(self, inner):
+                self._run_prompt(ids, mask)
+        finally:
+            for handle in handles:
+                handle.remove()
+        unseen = [path for path in modules if path not in seen]
+        if unseen:
+            raise ValueError(f"module {unseen[0]!r} is not reached by the prompt in the base model")
+        return seen
+
+    def _run_prompt(self, ids: Tensor, mask: Tensor) -> None:
+        entry = self.model if self._encoder is None else self._encoder
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if "position_ids" in self._entries[entry]:  # so that padding on the left changes nothing
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if "use_cache" in self._entries[entry]:
+            inputs["use_cache"] = False
+        entry(**inputs)
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _states(inputs: Mapping[str, Any]) -> Tensor | None:
+    """An encoder's output among a model's inputs."""
+    outputs = inputs.get("encoder_outputs")
+    states: Tensor | None = None if outputs is None else outputs[0]
+    return states
+
+
+def _mask(mask: Any, ids: Tensor) -> Tensor:
+    """(b, s), 1 where a token counts, whatever form the model was given its mask in."""
+    if isinstance(mask, Mapping):  # one for each kind of attention
+        mask = next(iter(mask.values()))
+    if mask is None:
+        return torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise ValueError(
+            "this router reads the prompt, so it needs attention_mask as (b, s) or (b, 1, s, s), "
+            f"and got a {type(mask).__name__}"
+        )
+    if mask.dim() == 4:  # the last token sees all that are no padding
+        row = mask[:, 0, -1, : ids.shape[1]]
+        return (row if row.dtype == torch.bool else row == 0).long()
+    return mask[:, -ids.shape[1] :]
+
+
+def _for_rows(decided: Decided, count: int | None, expand: bool) -> Decided:
+    """For the rows of a batch, which in ``generate`` may be several for each of the prompt."""
+    own = decided.count
+    if own is None or count is None or own == count:
+        return decided
+    if expand and own and count % own == 0:
+        return decided.repeated(count // own)
+    what = "tasks are named" if isinstance(decided.tasks, tuple) else "experts were chosen"
+    raise ValueError(f"{what} for {own} rows, the batch has {count}")
+
+
+def _on(gates: Gates, device: torch.device) -> Gates:
+    if isinstance(gates, Tensor):
+        return gates.to(device)
+    if gates.experts.device == device:
+        return gates
+    return Chosen(gates.experts.to(device), gates.weights.to(device), gates.tokens)
+
+
+def _without(gates: Gates, layer: Layer) -> Gates:
+    """The gates with those of switched-off experts 0."""
+    device = gates.device if isinstance(gates, Tensor) else gates.experts.device
+
+    def switched_on() -> Tensor:
+        on = torch.ones(len(layer.experts) + 1, dtype=torch.bool, device=device)
+        on[sorted(layer.disabled)] = False
+        return on  # the last is for NONE
+
+    on = layer.once(("switched on", device), switched_on)
+    if isinstance(gates, Tensor):
+        return gates * on[:-1]
+    return Chosen(gates.experts.where(on[gates.experts], NONE), gates.weights, gates.tokens)
