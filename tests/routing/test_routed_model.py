@@ -298,6 +298,18 @@ def test_the_base_is_restored_bit_for_bit(base, mixed_experts, tokens):
     assert not any(module._forward_hooks for module in base.modules())
 
 
+def test_a_copy_of_the_base_is_the_base_alone(base, mixed_experts, tokens, tmp_path):
+    expected = logits_of(base, tokens)
+    with RoutedModel.from_experts(mixed_experts, base_model=base):
+        copied = copy.deepcopy(base)
+        torch.save(base, tmp_path / "model.pt")
+    assert torch.equal(logits_of(copied, tokens), expected)
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits_of(loaded, tokens), expected)
+    with apply_expert(copied, mixed_experts[0]):
+        assert not torch.equal(logits_of(copied, tokens), expected)
+
+
 def test_the_base_is_restored_when_the_block_raises(base, mixed_experts, tokens):
     expected = logits_of(base, tokens)
     with pytest.raises(KeyError), apply_expert(base, mixed_experts[0]):

@@ -8,7 +8,7 @@ input to its output, and touch nothing else: so the base may be quantised.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,24 @@ from mttl_routing.decided import (
 )
 from mttl_routing.roster import Roster
 from mttl_routing.routers import Layer, Prompt
+
+
+class _Hook:
+    """A method of :class:`Hooks` on a module. A copy of the module has nothing in its place."""
+
+    def __init__(self, method: Callable[..., Any], *args: Any) -> None:
+        self._call = partial(method, *args)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as one that does nothing: the copy is the base alone."""
+        return _Hook, (_nothing,)
+
+
+def _nothing(*args: Any) -> None:
+    return None
 
 
 class Hooks:
@@ -90,13 +108,17 @@ class Hooks:
             self._encoder = self.model.get_encoder()
             entries.append(self._encoder)
             self._handles.append(
-                self.model.get_decoder().register_forward_pre_hook(self._read, with_kwargs=True)
+                self.model.get_decoder().register_forward_pre_hook(
+                    _Hook(self._read), with_kwargs=True
+                )
             )
         for module in dict.fromkeys(entries):
             self._entries[module] = tuple(inspect.signature(module.forward).parameters)
             self._handles += [
-                module.register_forward_pre_hook(self._enter, with_kwargs=True),
-                module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+                module.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True),
+                module.register_forward_hook(
+                    _Hook(self._leave), with_kwargs=True, always_call=True
+                ),
             ]
         self.attach_layers(points)
 
@@ -105,7 +127,7 @@ class Hooks:
         for path, module in points.items():
             if path not in self._groups:
                 self._groups[path] = group_of(path, self.model, self.granularity)
-                hook = partial(self._add, path)
+                hook = _Hook(self._add, path)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
@@ -176,6 +198,8 @@ class Hooks:
             return None
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         layer = call.roster.layer(path, x.device)
+        if not layer.present:  # all that change it are switched off
+            return None
         flat = x.reshape(-1, x.shape[-1])  # (t, i)
         gates = self._gates(call, layer, x, flat)
         bank = layer.bank
@@ -242,9 +266,9 @@ class Hooks:
             whole = generation.ids
             if ids.shape[1] < whole.shape[1]:  # the first chunk of a long prompt
                 ids, mask = whole, _mask(generation.mask, whole)
-            else:  # what transformers expanded for beams and several sequences
+            else:  # expanded for beams and several sequences, followed by an assistant's tokens
                 times = max(1, ids.shape[0] // whole.shape[0])
-                ids, mask = ids[::times], mask[::times]
+                ids, mask = (given[::times, : whole.shape[1]] for given in (ids, mask))
         prompt = Prompt(
             ids, mask, tasks, roster.names, roster.columns, self.tokenizer,
             partial(self._observe, ids, mask),

@@ -11,6 +11,6 @@ class Uniform:
     """Gates 1/N; the same function as the uniform merge, computed expert by expert."""
 
     def gates(self, x: Tensor, layer: Layer, rows: Rows) -> Tensor:
-        """(t, e), all 1/e. An expert that leaves the layer alone counts, with ΔW zero."""
-        n_experts = len(layer.experts)
-        return x.new_ones(()).float().div(n_experts).expand(x.shape[0], n_experts)
+        """(t, e), all 1/e, e those switched on. One that leaves the layer alone counts, as zero."""
+        share = x.new_ones(()).float().div(len(layer.enabled))
+        return share.expand(x.shape[0], len(layer.experts))
