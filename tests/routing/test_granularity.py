@@ -126,9 +126,11 @@ def test_an_input_that_was_changed_in_place_is_another(base, make_expert, tokens
     k_proj = base.model.layers[0].self_attn.k_proj
     handle = k_proj.register_forward_pre_hook(change)
     try:
-        with RoutedModel.from_experts([make_expert("one")], router, base_model=base) as routed:
-            with torch.no_grad():
-                routed(tokens)
+        with (
+            RoutedModel.from_experts([make_expert("one")], router, base_model=base) as routed,
+            torch.no_grad(),
+        ):
+            routed(tokens)
     finally:
         handle.remove()
     assert router.made == 3  # q, then v of the first block, q and v of the second

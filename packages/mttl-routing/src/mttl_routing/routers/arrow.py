@@ -73,7 +73,6 @@ class Arrow:
         self.top_k = top_k
         self.temperature = float(temperature)
         self._prototypes = prototypes
-        self._stacks: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     def gates(self, x: Tensor, layer: Layer, rows: Rows) -> Tensor:
         """(t, e), at most ``top_k`` of each line above zero, their sum 1."""
@@ -87,12 +86,10 @@ class Arrow:
 
     def _stack(self, layer: Layer, device: torch.device) -> tuple[Tensor, Tensor]:
         """Prototypes of the experts in a layer, (present e, i), and their columns in its gates."""
-        key = (layer.module, device)
-        if key not in self._stacks:
-            present = layer.present
-            stack = [self._prototypes[layer.experts[column]][layer.module] for column in present]
-            self._stacks[key] = (
-                torch.stack(stack).to(device),
-                torch.tensor(present, device=device),
-            )
-        return self._stacks[key]
+        present = layer.present
+
+        def stack() -> tuple[Tensor, Tensor]:
+            rows = [self._prototypes[layer.experts[column]][layer.module] for column in present]
+            return torch.stack(rows).to(device), torch.tensor(present, device=device)
+
+        return layer.once((self, "prototypes", device), stack)
