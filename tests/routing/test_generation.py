@@ -27,6 +27,12 @@ def left_padded(rows: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@pytest.fixture(scope="module")
+def base(base):
+    """A copy, as transformers leaves hooks of its own on a model that was assisted."""
+    return copy.deepcopy(base)
+
+
 class ByPrompt:
     """The expert whose number the sum of the prompt's ids gives; keeps the prompts it was asked."""
 
