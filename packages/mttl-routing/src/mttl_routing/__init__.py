@@ -2,6 +2,7 @@
 
 from mttl_routing.checkpoint import merge_into_checkpoint
 from mttl_routing.cohort import check_one_base
+from mttl_routing.conversion import as_lora
 from mttl_routing.merge import merge
 from mttl_routing.merges import MERGES, LowRank, Merge, MergeRule, Update
 from mttl_routing.routed_model import RoutedModel, apply_expert
@@ -38,6 +39,7 @@ __all__ = [
     "Uniform",
     "Update",
     "apply_expert",
+    "as_lora",
     "check_one_base",
     "merge",
     "merge_into_checkpoint",
