@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -30,11 +29,11 @@ from mttl_routing.roster import Roster
 from mttl_routing.routers import (
     ROUTERS,
     AnyRouter,
+    Batches,
     FollowsExperts,
     RouterOptions,
     Tasks,
 )
-from mttl_routing.routers.arrow import prototypes_in_library, prototypes_of
 from mttl_routing.saving import Made, check_base, imported, load, save
 
 if TYPE_CHECKING:
@@ -127,16 +126,19 @@ class RoutedModel:
         dtype: torch.dtype | None = None,
         tokenizer: Any = None,
         strict: bool = False,
+        batches: Batches | None = None,
+        **options: Any,
     ) -> Self:
         """All experts of a library around a base model; :meth:`from_experts` says more.
 
         What a router computes from the experts alone, such as Arrow's prototypes, is kept in the
         library beside them and not computed again.
         """
-        options = {"top_k": top_k, "temperature": temperature}
+        options |= {"top_k": top_k, "temperature": temperature}
         return cls._of(
             experts_of(library), router, options, library, base_model=base_model, combine=combine,
             granularity=granularity, dtype=dtype, tokenizer=tokenizer, strict=strict,
+            batches=batches,
         )  # fmt: skip
 
     @classmethod
@@ -153,6 +155,8 @@ class RoutedModel:
         dtype: torch.dtype | None = None,
         tokenizer: Any = None,
         strict: bool = False,
+        batches: Batches | None = None,
+        **options: Any,
     ) -> Self:
         """Experts around a base model; their factors are copied, a base already loaded is not.
 
@@ -174,14 +178,19 @@ class RoutedModel:
                 where it came from :func:`~mttl_adapters.load_base_model`.
             strict: refuse experts for the same base under other weights (its fingerprint),
                 tokenizer or template; else that is a warning which names both digests.
+            batches: data of each expert, for routers that learn from it (``centroid``,
+                ``phatgoose``, a calibrated ``seqr``): by its name, or by a function of the expert.
+            options: ``top_p``, ``threshold``, ``null`` as :class:`~mttl_routing.Choice` has them;
+                ``weights`` for ``fixed``.
 
         Raises:
             IncompatibleExpertError: an expert is for another base, or does not fit this one.
         """
-        options = {"top_k": top_k, "temperature": temperature}
+        options |= {"top_k": top_k, "temperature": temperature}
         return cls._of(
             experts_of(experts), router, options, None, base_model=base_model, combine=combine,
             granularity=granularity, dtype=dtype, tokenizer=tokenizer, strict=strict,
+            batches=batches,
         )  # fmt: skip
 
     @classmethod
@@ -193,11 +202,13 @@ class RoutedModel:
         library: ExpertLibrary | None,
         *,
         base_model: BaseModel | PreTrainedModel | None,
+        batches: Batches | None,
         **settings: Any,
     ) -> Self:
         experts = sorted(experts, key=lambda expert: expert.name)
         made = Made(router, options) if isinstance(router, str) else Made(None, {})
-        routed = cls(base_model, experts, _router(router, made, experts, library), **settings)
+        built = _router(router, made, experts, library, batches, base_model)
+        routed = cls(base_model, experts, built, **settings)
         routed._made = made
         return routed
 
@@ -562,15 +573,20 @@ def _load(model_id: str | None, revision: str | None) -> BaseModel:
 
 
 def _router(
-    router: str | AnyRouter, made: Made, experts: Sequence[Expert], library: ExpertLibrary | None
+    router: str | AnyRouter,
+    made: Made,
+    experts: Sequence[Expert],
+    library: ExpertLibrary | None,
+    batches: Batches | None = None,
+    base_model: BaseModel | PreTrainedModel | None = None,
 ) -> AnyRouter:
     """A router by name, built with what a library keeps of the experts; an object as it is."""
     if not isinstance(router, str):
         return router
     if router not in ROUTERS:
         raise ValueError(f"no router {router!r}; there are {', '.join(map(repr, ROUTERS))}")
-    kept = prototypes_of if library is None else partial(prototypes_in_library, library)
-    return ROUTERS[router].build(experts, RouterOptions(prototypes=kept, **made.options))
+    options = RouterOptions(**made.options, batches=batches, base_model=base_model, library=library)
+    return ROUTERS[router].build(experts, options)
 
 
 def _named(names: TaskNames | None) -> dict[str, Tasks]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
-from torch import Tensor
-
-from mttl_experts import Expert
-from mttl_routing.routers.arrow import Arrow, arrow_prototypes
+from mttl_experts import Expert, ExpertLibrary
+from mttl_routing.routers import centroid, norms, phatgoose
+from mttl_routing.routers.arrow import Arrow, prototypes_of
+from mttl_routing.routers.centroid import Centroid, centroids
+from mttl_routing.routers.choice import Choice
+from mttl_routing.routers.data import Batch, data_digest, fingerprint_of
+from mttl_routing.routers.fixed import Fixed
+from mttl_routing.routers.kept import Tensors, kept_each
+from mttl_routing.routers.norms import NormRouter, calibration, norm_factors
+from mttl_routing.routers.phatgoose import Phatgoose, train_gates
 from mttl_routing.routers.protocol import (
     AnyRouter,
     FollowsExperts,
@@ -20,6 +27,7 @@ from mttl_routing.routers.protocol import (
     SequenceRouter,
     Tasks,
 )
+from mttl_routing.routers.prototypes import arrow_prototypes
 from mttl_routing.routers.task import Task
 from mttl_routing.routers.uniform import Uniform
 
@@ -27,8 +35,15 @@ __all__ = [
     "ROUTERS",
     "AnyRouter",
     "Arrow",
+    "Batch",
+    "Batches",
+    "Centroid",
+    "Choice",
+    "Fixed",
     "FollowsExperts",
     "Layer",
+    "NormRouter",
+    "Phatgoose",
     "Prompt",
     "Router",
     "RouterKind",
@@ -39,9 +54,14 @@ __all__ = [
     "Tasks",
     "Uniform",
     "arrow_prototypes",
+    "calibration",
+    "centroids",
+    "norm_factors",
+    "train_gates",
 ]
 
-Prototypes = Callable[[Sequence[Expert]], Mapping[str, Mapping[str, Tensor]]]
+Batches = Mapping[str, Iterable[Batch]] | Callable[[Expert], Iterable[Batch]]
+"""Data of each expert: by its name, or by a function that is asked for one expert at a time."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +69,32 @@ class RouterOptions:
     """What the caller of a routed model may set; a router reads what it has a use for.
 
     Attributes:
-        top_k: experts a token gets, for routers that choose.
-        temperature: of a softmax over scores, for routers that have one.
-        prototypes: gives each expert's Arrow prototypes, by expert name.
+        top_k: experts a token gets, for routers that choose; this and the next four are those of
+            :class:`Choice`.
+        temperature: of a softmax over scores.
+        top_p: share of the softmax over all experts that is enough.
+        threshold: least share of an expert.
+        null: whether the base itself stands to choice.
+        weights: the expert, or the gate of each expert by name, for ``fixed``.
+        batches: data of each expert, for routers that learn from it.
+        base_model: what that data is shown to.
+        library: keeps what is derived from the experts; None computes it anew.
     """
 
-    top_k: int
-    temperature: float
-    prototypes: Prototypes
+    top_k: int = 4
+    temperature: float = 1.0
+    top_p: float | None = None
+    threshold: float | None = None
+    null: bool = False
+    weights: str | Mapping[str, float] | None = None
+    batches: Batches | None = None
+    base_model: Any = None
+    library: ExpertLibrary | None = None
+
+    @property
+    def choice(self) -> Choice:
+        """How scores become gates."""
+        return Choice(self.top_k, self.temperature, self.top_p, self.threshold, self.null)
 
 
 @dataclass(frozen=True)
@@ -68,7 +106,35 @@ class RouterKind:
 
 
 def _arrow(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
-    return Arrow(options.prototypes(experts), top_k=options.top_k, temperature=options.temperature)
+    return Arrow(prototypes_of(experts, options.library), options.choice)
+
+
+def _spectr(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    return NormRouter(_norm_factors(experts, options), options.choice)
+
+
+def _seqr(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    calibrations = None
+    if options.batches is not None:
+        calibrations = _from_data("seqr", experts, options, norms.CALIBRATION, calibration)
+    return NormRouter(_norm_factors(experts, options), options.choice, calibrations)
+
+
+def _centroid(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    vectors = _from_data("centroid", experts, options, centroid.RECIPE, centroids)
+    return Centroid(vectors, options.choice)
+
+
+def _phatgoose(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    recipe = phatgoose.RECIPE | {"steps": phatgoose.STEPS, "lr": phatgoose.LEARNING_RATE}
+    vectors = _from_data("phatgoose", experts, options, recipe, train_gates)
+    return Phatgoose(vectors, options.choice)
+
+
+def _fixed(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    if options.weights is None:
+        raise ValueError("router 'fixed' needs to know which expert; give weights='its name'")
+    return Fixed(options.weights)
 
 
 def _task(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
@@ -79,12 +145,51 @@ def _uniform(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
     return Uniform()
 
 
-# The two baselines are described where Arrow is.
+def _norm_factors(experts: Sequence[Expert], options: RouterOptions) -> dict[str, Tensors]:
+    if options.library is None:
+        return {expert.name: norm_factors(expert) for expert in experts}
+    made = options.library.artifacts.get_or_make_each(experts, norms.RECIPE, norm_factors)
+    return {expert.name: value for expert, value in zip(experts, made, strict=True)}
+
+
+def _from_data(
+    router: str,
+    experts: Sequence[Expert],
+    options: RouterOptions,
+    recipe: Mapping[str, Any],
+    make: Callable[[Any, Expert, Iterable[Batch]], Tensors],
+) -> dict[str, Tensors]:
+    """What a router learns of each expert from its own data and the base, one expert at a time."""
+    batches, base = options.batches, options.base_model
+    if batches is None or base is None:
+        raise ValueError(
+            f"router {router!r} learns from data of each expert; give batches={{name: batches}} "
+            "and a base_model that is loaded"
+        )
+    own = batches if callable(batches) else lambda expert: batches[expert.name]
+    where = {"base": fingerprint_of(base)}
+    keys = [([expert], {**recipe, **where, "data": data_digest(own(expert))}) for expert in experts]
+
+    def one(index: int) -> Tensors:
+        return make(base, experts[index], own(experts[index]))
+
+    values = kept_each(options.library, keys, one)
+    return {expert.name: value for expert, value in zip(experts, values, strict=True)}
+
+
+_ARROW = "https://arxiv.org/abs/2405.11157"
+# The baselines are described where Arrow is.
 ROUTERS: Mapping[str, RouterKind] = MappingProxyType(
     {
-        "arrow": RouterKind(_arrow, "https://arxiv.org/abs/2405.11157"),
-        "oracle": RouterKind(_task, "https://arxiv.org/abs/2405.11157"),
-        "task": RouterKind(_task, "https://arxiv.org/abs/2405.11157"),
-        "uniform": RouterKind(_uniform, "https://arxiv.org/abs/2405.11157"),
+        "arrow": RouterKind(_arrow, _ARROW),
+        "spectr": RouterKind(_spectr, "https://arxiv.org/abs/2504.03454"),
+        "seqr": RouterKind(_seqr, "https://arxiv.org/abs/2509.18093"),
+        "phatgoose": RouterKind(_phatgoose, "https://arxiv.org/abs/2402.05859"),
+        "centroid": RouterKind(_centroid, _ARROW),
+        "avg_act": RouterKind(_centroid, _ARROW),
+        "oracle": RouterKind(_task, _ARROW),
+        "task": RouterKind(_task, _ARROW),
+        "uniform": RouterKind(_uniform, _ARROW),
+        "fixed": RouterKind(_fixed, _ARROW),
     }
 )

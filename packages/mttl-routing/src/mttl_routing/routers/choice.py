@@ -81,7 +81,7 @@ class Choice:
         if self.top_p is not None and best.shape[1]:
             if scores is None:
                 raise ValueError("top_p rests on the softmax over all scores; give scores")
-            best = self._nucleus(best, scores / self.temperature)
+            best = self._nucleus(best, scores / self.temperature, self.top_p)
         weights = best.softmax(dim=1)
         if self.threshold is not None and best.shape[1]:
             small = weights < self.threshold
@@ -102,11 +102,11 @@ class Choice:
         top = best.topk(min(self.top_k, best.shape[1]), dim=1)
         return top.values, experts.gather(1, top.indices)
 
-    def _nucleus(self, best: Tensor, scores: Tensor) -> Tensor:
+    def _nucleus(self, best: Tensor, scores: Tensor, top_p: float) -> Tensor:
         """The best with -inf for those that the better ones make unnecessary."""
         if self.null:
             scores = torch.cat([scores, scores.new_zeros(len(scores), 1)], dim=1)
         shares = (best - scores.logsumexp(dim=1, keepdim=True)).exp()
         before = shares.cumsum(dim=1) - shares
         before[:, 0] = 0.0  # exactly, so that the first stays
-        return best.masked_fill(before >= self.top_p, -torch.inf)
+        return best.masked_fill(before >= top_p, -torch.inf)
