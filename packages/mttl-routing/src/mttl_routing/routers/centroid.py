@@ -57,6 +57,5 @@ class Centroid(VectorRouter):
 
     def scale(self, x: Tensor) -> Tensor:
         """1/(‖x‖√i)."""
-        return 1.0 / (x.norm(dim=1, keepdim=True) * math.sqrt(x.shape[1])).clamp_min(
-            torch.finfo(torch.float32).tiny
-        )
+        lengths: Tensor = x.norm(dim=1, keepdim=True) * math.sqrt(x.shape[1])
+        return 1.0 / lengths.clamp_min(torch.finfo(torch.float32).tiny)

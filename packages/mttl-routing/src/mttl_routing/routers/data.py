@@ -55,9 +55,9 @@ def watch(base: Any, expert: Expert, batches: Iterable[Batch], see: See) -> None
             empty = False
             batch = on_device(batch, routed.device)
             routed.router.masks = _masks(batch)
-            inputs = {name: batch[name] for name in batch if name != "labels"}
-            if getattr(routed.config, "is_encoder_decoder", False):
-                inputs = batch
+            inputs: dict[str, Any] = dict(batch)
+            if not getattr(routed.config, "is_encoder_decoder", False):
+                inputs.pop("labels", None)  # a decoder's inputs come from them
             routed(**inputs, use_cache=False)
     if empty:
         raise ValueError(f"no batches were given for expert {expert.name!r}; give at least one")

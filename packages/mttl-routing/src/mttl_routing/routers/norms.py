@@ -99,7 +99,7 @@ class NormRouter:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if not layer.present:
             return wide.new_zeros(len(x), 0)
-        norms = torch.cat([self._norms(part, layer) for part in wide.split(_TOKENS)])
+        norms = torch.cat([self._norms(part, layer) for part in torch.split(wide, _TOKENS)])
         if self._calibrations is None:
             return norms
         mean, deviation = layer.once((self, "calibration", x.device), lambda: self._stats(layer, x))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ class _Sigmoid(nn.Module):
 
     def gates(self, x: Tensor, layer: Layer, rows: Rows) -> Tensor:
         vector = self.vectors[self.paths.index(layer.module)]
-        return (x.to(vector.dtype) @ vector).sigmoid().unsqueeze(1)
+        opened: Tensor = (x.to(vector.dtype) @ vector).sigmoid()
+        return opened.unsqueeze(1)
 
 
 def train_gates(
@@ -65,7 +67,8 @@ def train_gates(
         router = routed.router
         optimizer = torch.optim.AdamW(router.parameters(), lr=learning_rate, weight_decay=0.0)
         for step in range(steps):
-            loss = routed(**on_device(held[step % len(held)], routed.device), use_cache=False).loss
+            inputs: dict[str, Any] = on_device(held[step % len(held)], routed.device)
+            loss = routed(**inputs, use_cache=False).loss
             router.zero_grad()
             loss.backward(inputs=list(router.parameters()))
             optimizer.step()

@@ -88,8 +88,8 @@ class VectorRouter:
         )
         if self.choice.needs_all:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            everything: Sequence[Tensor | None] = (wide @ keys.stack.to(wide.dtype).T).split(
-                keys.sizes, dim=1
+            everything: Sequence[Tensor | None] = torch.split(
+                wide @ keys.stack.to(wide.dtype).T, list(keys.sizes), dim=1
             )
         else:
             everything = [None] * len(some)

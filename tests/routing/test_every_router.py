@@ -1,0 +1,315 @@
+"""What every router keeps to: a slow loop, and what users expect of a causal language model.
+
+One entry in ``CASES`` puts a router under all of it.
+"""
+
+import copy
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mttl_experts import ExpertLibrary, lora_modules
+from mttl_routing import ROUTERS, RoutedModel, apply_expert, calibration, centroids, train_gates
+
+TOP_K, TEMPERATURE = 2, 0.7
+WEIGHTS = {"anna": 0.7, "cleo": -0.4}
+ALIKE = ("anna", "cleo", "emil")  # of one rank, for combine="before"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A router by name.
+
+    Attributes:
+        score: an expert's score of one token, in float64, from what :class:`Seen` holds of it; None
+            where ``gate`` says the gate itself.
+        gate: the gate of an expert, by its name, the row's task and how many experts there are.
+        options: for ``RoutedModel.from_library``.
+    """
+
+    score: Callable[[Tensor, Any], float] | None = None
+    gate: Callable[[str, str, int], float] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    with_data: bool = False
+
+
+def standardised(x: Tensor) -> Tensor:
+    return (x - x.mean()) / x.std(correction=0)
+
+
+def by_prototype(x, of):
+    return abs(float(x @ torch.linalg.svd(of.delta).Vh[0]))
+
+
+def by_norm(x, of):
+    return float((of.delta @ x).norm())
+
+
+def by_calibrated_norm(x, of):
+    mean, deviation = of.calibration.double()
+    return float(((of.delta @ x).norm() - mean) / deviation)
+
+
+def by_centroid(x, of):
+    return float(x @ of.centroid.double()) / float(
+        x.norm() * of.centroid.double().norm() * math.sqrt(len(x))
+    )
+
+
+def by_gate(x, of):
+    return float(standardised(x) @ standardised(of.gate.double())) / math.sqrt(len(x))
+
+
+CASES = {
+    "arrow": Case(by_prototype),
+    "spectr": Case(by_norm),
+    "seqr": Case(by_norm),
+    "seqr, calibrated": Case(by_calibrated_norm, with_data=True),
+    "centroid": Case(by_centroid, with_data=True),
+    "phatgoose": Case(by_gate, with_data=True),
+    "uniform": Case(gate=lambda name, task, count: 1 / count),
+    "fixed": Case(
+        gate=lambda name, task, count: WEIGHTS.get(name, 0.0), options={"weights": WEIGHTS}
+    ),
+    "task": Case(gate=lambda name, task, count: float(name == task)),
+}
+TASKS = ("cleo", "anna", "cleo")
+
+
+@pytest.fixture(scope="session")
+def libraries(mixed_experts, make_expert):
+    """One of mixed ranks and modules, and one of equal ranks, by the way to combine."""
+    made = {}
+    for combine, experts in {
+        "after": mixed_experts,
+        "before": [make_expert(name, targets=("q_proj", "down_proj")) for name in ALIKE],
+    }.items():
+        made[combine] = ExpertLibrary(f"virtual://every-router-{combine}", create=True)
+        with made[combine].batch():
+            for expert in experts:
+                made[combine].add_expert(expert)
+    return made
+
+
+def batches_of(expert):
+    """Two batches of each expert's own, one of them padded."""
+    generator = torch.Generator().manual_seed(sum(map(ord, expert.name)))
+    made = []
+    for width in (0, 3):
+        ids = torch.randint(2, 61, (3, 8), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, :width] = 0
+        made.append(
+            {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        )
+    return made
+
+
+@pytest.fixture(params=list(CASES))
+def case(request):
+    return request.param
+
+
+@pytest.fixture
+def routed_by(base, libraries):
+    def make(name: str, library=None, combine: str = "after", top_k: int = TOP_K, **options):
+        case = CASES[name]
+        router = name.partition(",")[0]
+        if case.with_data:
+            options["batches"] = batches_of
+        return RoutedModel.from_library(
+            libraries[combine] if library is None else library,
+            router,
+            top_k,
+            combine,
+            TEMPERATURE,
+            base_model=base,
+            **{**case.options, **options},
+        )
+
+    return make
+
+
+def tasks_of(name: str, rows: int = 3) -> dict[str, Any]:
+    return {"task_names": TASKS[:rows]} if name == "task" else {}
+
+
+@torch.no_grad()
+def logits_of(model, tokens: Tensor, **kwargs) -> Tensor:
+    return model(tokens, **kwargs).logits
+
+
+def seen_of(base, experts):
+    """What the slow loop knows of each expert at each module."""
+    known: dict[str, dict[str, SimpleNamespace]] = {}
+    for expert in experts:
+        learned = {
+            "centroid": centroids(base, expert, batches_of(expert)),
+            "calibration": calibration(base, expert, batches_of(expert)),
+            "gate": train_gates(base, expert, batches_of(expert)),
+        }
+        for path, f in lora_modules(expert).items():
+            known.setdefault(path, {})[expert.name] = SimpleNamespace(
+                a=f.a.double(),
+                b=f.b.double() * f.scaling,
+                delta=f.scaling * f.b.double() @ f.a.double(),
+                **{kind: values[path] for kind, values in learned.items()},
+            )
+    return known
+
+
+@pytest.fixture(scope="session")
+def known(base, libraries):
+    return {
+        combine: seen_of(base, list(library.values())) for combine, library in libraries.items()
+    }
+
+
+def slow_logits(base, known, case: Case, n_experts: int, combine: str, tokens: Tensor) -> Tensor:
+    """In float64, by a loop over tokens and experts."""
+    model = copy.deepcopy(base).double()
+
+    def gates_of(x, here, task):
+        if case.gate is not None:
+            return {name: case.gate(name, task, n_experts) for name in here}
+        scores = {name: case.score(x, of) / TEMPERATURE for name, of in here.items()}
+        kept = sorted(scores, key=lambda name: -scores[name])[:TOP_K]
+        total = sum(math.exp(scores[name]) for name in kept)
+        return {name: math.exp(scores[name]) / total for name in kept}
+
+    def hook(here, module, args, output):
+        added = torch.zeros_like(output)
+        for row, task in enumerate(TASKS):
+            for place in range(output.shape[1]):
+                x = args[0][row, place]
+                gates = gates_of(x, here, task)
+                if combine == "after":
+                    for name, gate in gates.items():
+                        added[row, place] += gate * (here[name].delta @ x)
+                elif gates:
+                    a = sum(gate * here[name].a for name, gate in gates.items())
+                    b = sum(gate * here[name].b for name, gate in gates.items())
+                    added[row, place] = b @ (a @ x)
+        return output + added
+
+    for path, here in known.items():
+        module = model.get_submodule(path)
+        module.register_forward_hook(lambda m, args, out, here=here: hook(here, m, args, out))
+    return logits_of(model, tokens)
+
+
+@pytest.mark.parametrize("combine", ["after", "before"])
+def test_it_equals_a_slow_loop(base, libraries, known, routed_by, case, combine, tokens):
+    n_experts = len(libraries[combine])
+    expected = slow_logits(base, known[combine], CASES[case], n_experts, combine, tokens)
+    with routed_by(case, combine=combine) as routed:
+        actual = logits_of(routed, tokens, **tasks_of(case))
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=2e-4)
+    assert not torch.allclose(logits_of(base, tokens).double(), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_does_not_see_its_neighbours_or_its_padding(routed_by, case, side, tokens):
+    lengths = (9, 4, 6)
+    rows = [tokens[row, :length] for row, length in enumerate(lengths)]
+    ids, mask = torch.zeros(2, 3, 9, dtype=torch.long)
+    spans = [slice(9 - n, 9) if side == "left" else slice(0, n) for n in lengths]
+    for row, span in enumerate(spans):
+        ids[row, span], mask[row, span] = rows[row], 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    names = tasks_of(case).get("task_names", (None,) * 3)
+    with routed_by(case) as routed:
+        together = logits_of(
+            routed, ids, attention_mask=mask, position_ids=positions, **tasks_of(case)
+        )
+        for row, span in enumerate(spans):
+            own = {"task_names": [names[row]]} if names[row] else {}
+            alone = logits_of(routed, rows[row][None], **own)[0]
+            torch.testing.assert_close(together[row, span], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_order_of_the_experts_makes_no_difference(base, libraries, routed_by, case, tokens):
+    experts = list(libraries["after"].values())
+    with routed_by(case) as routed:
+        expected, router = logits_of(routed, tokens, **tasks_of(case)), routed.router
+    for order in (experts[::-1], experts[2:] + experts[:2]):
+        with RoutedModel(base, order, router) as routed:
+            actual = logits_of(routed, tokens, **tasks_of(case))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beam", "assisted"])
+def test_generate_with_a_cache_equals_generate_without(base, routed_by, case, mode, tokens):
+    rows = 1 if mode == "assisted" else 3
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    if mode == "beam":
+        options["num_beams"] = 4
+    ids = tokens[:rows]
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0 if rows > 1 else 1  # one row is padded
+    assistant = {"assistant_model": copy.deepcopy(base)} if mode == "assisted" else {}
+    inputs = {"attention_mask": mask, **tasks_of(case, rows), **options}
+    with routed_by(case) as routed:
+        with_cache = routed.generate(ids, **inputs, **assistant)
+        without = routed.generate(ids, **inputs, use_cache=False)
+    assert with_cache.tolist() == without.tolist()
+
+
+def test_two_threads_do_not_disturb_each_other(routed_by, case, tokens):
+    prompts = [tokens, tokens.flip(1)]
+    inputs = {"max_new_tokens": 6, "do_sample": False, **tasks_of(case)}
+    found: dict[int, list[list[int]]] = {}
+    with routed_by(case) as routed:
+        expected = [routed.generate(prompt, **inputs).tolist() for prompt in prompts]
+
+        def run(index: int) -> None:
+            found[index] = routed.generate(prompts[index], **inputs).tolist()
+
+        threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [found[0], found[1]] == expected
+
+
+def test_its_own_expert_alone_is_that_expert(base, make_expert, routed_by, case, tokens):
+    expert = make_expert("anna", targets=("q_proj", "down_proj"))
+    with apply_expert(base, expert) as routed:
+        expected = logits_of(routed, tokens)
+    library = ExpertLibrary(f"virtual://own-{case.replace(', ', '-')}", create=True)
+    library.add_expert(expert)
+    own = {"weights": "anna"} if case == "fixed" else {}
+    with routed_by(case, library, top_k=1, **own) as routed:
+        tasks = {"task_names": "anna"} if tasks_of(case) else {}
+        actual = logits_of(routed, tokens, **tasks)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.25}, {"threshold": 0.4999}, {"null": True}, {"top_p": 0.25, "null": True}],
+)
+def test_routers_that_choose_take_all_of_the_choice(base, routed_by, case, options, tokens):
+    if CASES[case].score is None:
+        pytest.skip("it does not choose by scores")
+    with routed_by(case) as routed:
+        plain = logits_of(routed, tokens)
+    with routed_by(case, **options) as routed:
+        other = logits_of(routed, tokens)
+        alone = logits_of(routed, tokens[1:2])
+    torch.testing.assert_close(other[1:2], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain, other, atol=1e-4)
+
+
+def test_every_case_is_a_router_and_older_names_are_the_same_ones():
+    assert {name.partition(",")[0] for name in CASES} <= set(ROUTERS)
+    for older, name in {"avg_act": "centroid", "oracle": "task"}.items():
+        assert ROUTERS[older] == ROUTERS[name]
