@@ -6,6 +6,7 @@ and what is left of a module after two Gram matrices is an (r, r) problem.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -42,12 +43,12 @@ def arrow_prototypes(expert: Expert) -> dict[str, Tensor]:
     for names in _of_one_shape(modules):
         factors = [modules[name] for name in names]
         directions = top_directions([f.a for f in factors], [f.b for f in factors])
-        for name, direction in zip(names, directions, strict=True):
-            if not direction.isfinite().all():
-                raise ValueError(
-                    f"expert {expert.name!r}: module {name!r} has a weight that is NaN or infinite"
-                )
-            prototypes[name] = direction
+        prototypes.update(zip(names, directions, strict=True))
+    for name, direction in prototypes.items():
+        if not math.isfinite(float(direction[0])):  # all of it is NaN, or none
+            raise ValueError(
+                f"expert {expert.name!r}: module {name!r} has a weight that is NaN or infinite"
+            )
     return prototypes
 
 
@@ -64,42 +65,41 @@ def top_directions(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         (i,) float32 each; zeros where B A is zero, NaN where a weight is not finite.
     """
-    room: list[Tensor] = []
-    of_a, of_b = _grams(a, room), _grams([each.T for each in b], room)  # (n, r, r) float64
+    room = torch.empty(2, max(_size(a), _size(b)), dtype=torch.float64)
+    of_a, stack = _grams(a, room[0])
+    of_b, _ = _grams([each.T for each in b], room[1])
     finite = (of_a.isfinite() & of_b.isfinite()).all(2).all(1)
-    of_a, of_b = (torch.where(finite[:, None, None], g, 0.0) for g in (of_a, of_b))
+    if not finite.all():
+        of_a, of_b = (torch.where(finite[:, None, None], gram, 0.0) for gram in (of_a, of_b))
     jitter = _JITTER * _trace(of_a).clamp_min(_LEAST)[:, None, None]
     eye = torch.eye(of_a.shape[1], dtype=torch.float64)
     lower, failed = torch.linalg.cholesky_ex(of_a + jitter * eye)
     values, vectors = torch.linalg.eigh(lower.mT @ of_b @ lower)
     weights = of_b @ (lower @ vectors[:, :, -1:])  # (n, r, 1)
     lengths = (weights.mT @ of_a @ weights).clamp_min(0.0).sqrt()
-    weights = torch.where(lengths > 0.0, weights / lengths, 0.0).squeeze(2)
-    doubtful = (failed != 0) | (_trace(of_a) * _trace(of_b) > _CANCELLED * values[:, -1])
-    directions = []
-    for index, (factor, weight) in enumerate(zip(a, weights, strict=True)):
-        if not finite[index]:
-            directions.append(torch.full((factor.shape[1],), torch.nan))
-        elif doubtful[index]:
-            directions.append(_by_qr(factor, b[index]))
-        else:
-            direction = weight.float() @ factor.float()
-            directions.append(direction / direction.norm().clamp_min(torch.finfo().tiny))
+    weights = torch.where(lengths > 0.0, weights / lengths, 0.0)
+    directions = list((weights.mT @ stack).squeeze(1).float())
+    doubtful = finite & ((failed != 0) | (_trace(of_a) * _trace(of_b) > _CANCELLED * values[:, -1]))
+    for index in torch.nonzero(doubtful).flatten().tolist():
+        directions[index] = _by_qr(a[index], b[index])
+    for index in torch.nonzero(~finite).flatten().tolist():
+        directions[index] = torch.full((a[0].shape[1],), torch.nan)
     return directions
 
 
-def _grams(factors: Sequence[Tensor], room: list[Tensor]) -> Tensor:
-    """(n, r, r) float64 products of each (r, w) with its own transpose.
+def _grams(factors: Sequence[Tensor], room: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, r, r) products of each (r, w) with its own transpose, and the factors as (n, r, w).
 
-    Every module is copied into one place, ``room``, that stays in the caches and is never new.
+    All in float64; the factors are copied into ``room``, which stays in the caches.
     """
-    size = len(factors) * factors[0].numel()
-    if not room or room[0].numel() < size:
-        room[:] = [torch.empty(size, dtype=torch.float64)]
-    stack = room[0][:size].view(len(factors), *factors[0].shape)
+    stack = room[: _size(factors)].view(len(factors), *factors[0].shape)
     for place, factor in zip(stack, factors, strict=True):
         place.copy_(factor)
-    return stack @ stack.mT
+    return stack @ stack.mT, stack
+
+
+def _size(factors: Sequence[Tensor]) -> int:
+    return len(factors) * factors[0].numel()
 
 
 def _by_qr(a: Tensor, b: Tensor) -> Tensor:
