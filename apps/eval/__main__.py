@@ -47,13 +47,32 @@ TRAIN_KEYS = [
     "--merge",
     help="Evaluate the experts merged into one: uniform, ties, core, ...; '?' lists all.",
 )
-@click.option("--route", help="Evaluate them routed: arrow, oracle or uniform.")
+@click.option("--route", help="Evaluate them routed: arrow, spectr, oracle, ...; '?' lists all.")
 @click.option("--merge-or-route", help="One option for both, by the older names.")
 @click.option(
-    "--top-k", type=click.IntRange(min=1), help="Experts that arrow sends a token to. [default: 4]"
+    "--top-k",
+    type=click.IntRange(min=1),
+    help="Experts that a router which chooses sends a token to. [default: 4]",
 )
 @click.option(
-    "--temperature", type=click.FloatRange(0, min_open=True), help="Arrow's. [default: 1]"
+    "--temperature",
+    type=click.FloatRange(0, min_open=True),
+    help="The higher, the more equal its weights. [default: 1]",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Fewer experts, where those reach this share of all. [default: off]",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Leave out experts of a smaller share than this. [default: off]",
+)
+@click.option(
+    "--router-rows",
+    type=click.IntRange(min=1),
+    help="Training rows of each expert that centroid and phatgoose learn from. [default: 64]",
 )
 @click.option("--rank", type=click.IntRange(min=1), help="Cut the merged expert to this rank.")
 @click.option(

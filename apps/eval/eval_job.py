@@ -18,11 +18,14 @@ from mttl_adapters import (
     load_base_model,
 )
 from mttl_data import (
+    Batches,
     BenchmarkScore,
     DatasetLibrary,
     HeldOut,
     PromptError,
+    PromptWriter,
     check_benchmarks,
+    context_length,
     evaluate_benchmarks,
     held_out,
     open_dataset,
@@ -35,6 +38,8 @@ from mttl_experts import (
 from mttl_experts.jobs import TWO_SHOT, Scoring, bar, console, mean, percent, say, write_json
 from mttl_routing import RoutedModel, apply_expert, check_one_base, merge
 
+# Rows that a router learns from at once.
+ROUTER_BATCH = 8
 COLUMNS = ("base", "base_two_shot", "expert", "model")
 
 
@@ -186,13 +191,41 @@ class Evaluation:
             make(
                 source,
                 options.route or "",
-                options.top_k,
-                temperature=options.temperature,
                 base_model=self.base,
+                batches=self._batches if options.learning else None,
+                **options.choice,
             ) as routed,
             routed.tasks(task) if task else nullcontext(),
         ):
             yield routed
+
+    def _batches(self, expert: Expert) -> Batches:
+        """The first training rows of an expert, as it was trained on them, for a router's use."""
+        options, trained = self.options, expert.expert_info.training_config or {}
+        filters = trained.get("filters") or {}
+        dataset, tasks = self._dataset(expert), expert.expert_info.tasks
+        each = -(-options.router_rows // max(1, len(tasks)))
+        rows = [
+            row
+            for task in tasks
+            for row in dataset.rows(
+                task,
+                "train",
+                options.task_source or filters.get("task_source", ()),
+                options.template_type or filters.get("template_type", ()),
+            )[:each]
+        ]
+        writer = PromptWriter(
+            self.base.tokenizer,
+            max_length=context_length(self.base.model),
+            max_input_length=options.max_input_length or trained.get("max_input_length"),
+            max_output_length=options.max_output_length or trained.get("max_output_length"),
+        )
+        return Batches(
+            writer.examples(rows[: options.router_rows]),
+            min(options.batch_size, ROUTER_BATCH),
+            pad_id=self.base.tokenizer.pad_token_id,
+        )
 
     def _held_out(self, task: str, expert: Expert, n_shots: int = 0) -> HeldOut:
         """Test rows, chosen and cut as for the task's own expert where options say nothing."""

@@ -22,11 +22,17 @@ OLDER = {
     "wudi_merge_after": ("wudi", None),
     "uniform_lora_after_op": (None, "uniform"),
     "arrow": (None, "arrow"),
+    "phatgoose": (None, "phatgoose"),
+    "avg_act": (None, "avg_act"),
     "oracle": (None, "oracle"),
 }
 IN_DISTRIBUTION = "in_distribution"
-# Settings that arrow alone has, and what they are by default.
-ROUTED = {"top_k": 4, "temperature": 1.0}
+# Settings of routers that choose by scores, and what they are by default.
+CHOOSING = {"top_k": 4, "temperature": 1.0, "top_p": None, "threshold": None}
+CHOOSERS = ("arrow", "spectr", "seqr", "phatgoose", "centroid", "avg_act")
+# Routers that learn from rows of the experts' own data, and how many of each expert's by default.
+LEARNERS = ("phatgoose", "centroid", "avg_act")
+ROUTER_ROWS = 64
 # Settings that some merge methods have; the method's own defaults where not given.
 MERGING = ("density", "inside", "scale")
 
@@ -40,6 +46,9 @@ class EvalOptions:
     route: str | None
     top_k: int
     temperature: float
+    top_p: float | None
+    threshold: float | None
+    router_rows: int
     rank: int | None
     density: float | None
     inside: str | None
@@ -68,9 +77,22 @@ class EvalOptions:
             way = {"merge": self.merge, "rank": self.rank, "density": self.density}
             later = {"inside": self.inside, "scale": self.scale}
             return way | {name: value for name, value in later.items() if value is not None}
-        if self.route == "arrow":
-            return {"route": "arrow", "top_k": self.top_k, "temperature": self.temperature}
-        return {"route": self.route} if self.route else {}
+        if not self.route:
+            return {}
+        return {"route": self.route, **self.choice, **self.learning}
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """Settings of a router that chooses; those that are off are left out."""
+        if self.route not in CHOOSERS:
+            return {}
+        values = {name: getattr(self, name) for name in CHOOSING}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def learning(self) -> dict[str, Any]:
+        """How many rows a router that learns is shown."""
+        return {"router_rows": self.router_rows} if self.route in LEARNERS else {}
 
     @property
     def in_distribution(self) -> bool:
@@ -101,11 +123,10 @@ def check(**options: Any) -> EvalOptions:
         raise click.UsageError("--merge and --route are two ways to one model; give one")
     _known(options["merge"], "--merge", MERGES)
     _known(options["route"], "--route", ROUTERS)
-    for name, default in ROUTED.items():
-        if options[name] is not None and options["route"] != "arrow":
-            way = options["merge"] or options["route"] or "the base"
-            say(f"--{name.replace('_', '-')} is for --route arrow; {way} does without it")
-        options[name] = default if options[name] is None else options[name]
+    if options["route"] == "fixed":
+        raise click.UsageError("--route fixed is one expert: --merge uniform --selection NAME")
+    _default(options, CHOOSING, CHOOSERS)
+    _default(options, {"router_rows": ROUTER_ROWS}, LEARNERS)
     if options["merge"] == "weighted":
         raise click.UsageError("--merge weighted takes weights, which only mttl_routing.merge has")
     for name in ("rank", *MERGING):
@@ -133,6 +154,16 @@ def check(**options: Any) -> EvalOptions:
         )
     options["output"] = Path(options["output"])
     return EvalOptions(**options)
+
+
+def _default(options: dict[str, Any], defaults: dict[str, Any], routers: tuple[str, ...]) -> None:
+    """Set what was not given; say so where what was given has no use."""
+    for name, default in defaults.items():
+        if options[name] is not None and options["route"] not in routers:
+            way = options["merge"] or options["route"] or "the base"
+            whose = ", ".join(router for router in routers if router != "avg_act")
+            say(f"--{name.replace('_', '-')} is for --route {whose}; {way} does without it")
+        options[name] = default if options[name] is None else options[name]
 
 
 def _known(name: str | None, option: str, names: Any) -> None:

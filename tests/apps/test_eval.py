@@ -63,6 +63,9 @@ def test_the_oracle_is_each_expert_on_its_own_task(library, evaluate):
         ("--merge", "core", "--inside", "ties", "--density", "0.5", "--scale", "0.7"),
         ("--route", "arrow", "--top-k", "1"),
         ("--route", "uniform"),
+        ("--route", "spectr", "--top-p", "0.5", "--threshold", "0.1"),
+        ("-k", "merge_or_route=phatgoose", "router_rows=6"),
+        ("-k", "merge_or_route=avg_act", "topk=1"),
         ("-k", "merge_or_route=arrow", "router_temp=0.5", "recompute_prototypes=True"),
         ("-k", "merge_or_route=uniform_lora_after_op"),
         ("-k", "merge_or_route=base"),
@@ -78,10 +81,11 @@ def test_each_way_to_one_model_gives_scores(library, evaluate, args):
 @pytest.mark.parametrize(
     ("way", "says"),
     [
-        (("--merge", "uniform", "--top-k", "2"), "--top-k is for --route arrow; uniform does"),
+        (("--merge", "uniform", "--top-k", "2"), "--top-k is for --route arrow, spectr"),
+        (("--route", "arrow", "--router-rows", "2"), "is for --route phatgoose, centroid; arrow"),
         (
             ("--route", "oracle", "-k", "router_temp=2"),
-            "--temperature is for --route arrow; oracle",
+            "phatgoose, centroid; oracle does without it",
         ),
         (("--top-k", "2"), "the base does without it"),
     ],
@@ -165,6 +169,7 @@ def test_the_same_base_in_another_folder_is_the_same_base(
         (("--merge", "uniform", "--density", "0.5"), ("'uniform' takes no density",)),
         (("--scale", "0.5"), ("--scale is for --merge",)),
         (("--route", "arow"), ("'arow'", "arrow", "oracle")),
+        (("--route", "fixed"), ("--selection",)),
         (("--merge", "ties", "--route", "arrow"), ("give one",)),
         (("--library", "local://nope"), ("nope",)),
         (("--benchmarks", "hellaswag"), ("'hellaswag'", "arc-easy")),

@@ -27,7 +27,7 @@ def test_the_custom_router_equals_a_slow_loop(base, mixed_experts, tokens, tmp_p
     for expert in mixed_experts:
         library.add_expert(expert)
     names = {"library": library, "base": base}
-    exec(blocks[1], names)
+    exec(blocks[2], names)
     routed = names["routed"]
     seen = []
     path = "model.layers.1.self_attn.v_proj"
