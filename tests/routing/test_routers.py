@@ -3,7 +3,19 @@ import torch
 from torch import Tensor
 
 from mttl_adapters.bank import Bank
-from mttl_routing import ROUTERS, Arrow, Choice, Fixed, Layer, Router, Rows, Task, Uniform
+from mttl_routing import (
+    ROUTERS,
+    Arrow,
+    Choice,
+    Fixed,
+    Layer,
+    Prompt,
+    Router,
+    Rows,
+    SequenceRouter,
+    Task,
+    Uniform,
+)
 
 EXPERTS = ("anna", "bert", "cleo")
 
@@ -22,8 +34,9 @@ def make_prototypes(seed: int = 0, absent: tuple[str, ...] = ()) -> dict[str, di
 def test_every_router_keeps_the_protocol_and_names_its_paper():
     for kind in ROUTERS.values():
         assert kind.paper.startswith("https://arxiv.org/abs/")
-    for router in (Uniform(), Fixed("anna"), Task({}), Arrow({})):
+    for router in (Uniform(), Fixed("anna"), Arrow({})):
         assert isinstance(router, Router)
+    assert isinstance(Task({}), SequenceRouter)
 
 
 def test_uniform_gives_every_expert_the_same():
@@ -77,25 +90,36 @@ def test_arrow_scores_a_bfloat16_input_in_float32():
     assert gates.dtype == torch.float32
 
 
+def make_prompt(n_rows: int, tasks, disabled: tuple[int, ...] = ()) -> Prompt:
+    ids = torch.zeros(n_rows, 4, dtype=torch.long)
+    return Prompt(ids, torch.ones_like(ids), tasks, EXPERTS, frozenset(disabled))
+
+
 def test_task_sends_each_row_to_its_expert_and_shares_where_there_are_several():
     router = Task({"anna": ("sum", "sort"), "bert": ("sort",), "cleo": ()})
-    rows = Rows(3, 2, ("sum", "sort", None))
-    gates = router.gates(torch.zeros(6, 8), make_layer(), rows)
-    expected = [[1.0, 0, 0], [0.5, 0.5, 0], [0, 0, 0]]
-    torch.testing.assert_close(gates, torch.tensor(expected).repeat_interleave(2, dim=0))
+    gates = router.decide(make_prompt(3, ("sum", "sort", None)))
+    torch.testing.assert_close(gates, torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0, 0, 0]]))
+    gates = router.decide(make_prompt(3, ("sum", "sort", None), disabled=(0,)))
+    torch.testing.assert_close(gates, torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]]))
 
 
-def test_task_takes_one_name_for_all_rows_also_without_a_batch_axis():
-    gates = Task({"bert": ("sum",)}).gates(torch.zeros(5, 8), make_layer(), Rows(None, 5, "sum"))
+def test_task_takes_one_name_for_all_rows():
+    gates = Task({"bert": ("sum",)}).decide(make_prompt(5, "sum"))
     torch.testing.assert_close(gates, torch.tensor([[0.0, 1.0, 0.0]]).expand(5, 3))
+
+
+def test_task_follows_the_experts(make_expert):
+    router = Task({"anna": ("sum",), "bert": ("sort",)})
+    router.follow([make_expert("cleo", task="sum")], ["anna"])
+    gates = router.decide(make_prompt(2, ("sum", "sort")))
+    torch.testing.assert_close(gates, torch.tensor([[0.0, 0, 1], [0, 1, 0]]))
 
 
 def test_task_says_what_it_lacks():
     router = Task({"anna": ("addition",), "bert": ("sorting",)})
-    x = torch.zeros(5, 8)
     with pytest.raises(ValueError, match=r"needs the task of each row.*task_names"):
-        router.gates(x, make_layer(), Rows(None, 5))
+        router.decide(make_prompt(5, None))
     with pytest.raises(ValueError, match=r"task 'aditoin'.*did you mean 'addition'\?"):
-        router.gates(x, make_layer(), Rows(5, 1, "aditoin"))
-    with pytest.raises(ValueError, match=r"2 rows .*no batch axis"):
-        router.gates(x, make_layer(), Rows(None, 5, ("addition", "sorting")))
+        router.decide(make_prompt(5, "aditoin"))
+    with pytest.raises(ValueError, match=r"named for 2 rows, the batch has 5"):
+        router.decide(make_prompt(5, ("addition", "sorting")))

@@ -14,7 +14,9 @@ class _AllSeenError(Exception):
     """Ends a forward pass of which nothing more is wanted."""
 
 
-def inputs_of(model: Any, paths: Sequence[str], **inputs: Any) -> dict[str, Tensor]:
+def inputs_of(
+    model: Any, paths: Sequence[str], entry: Any = None, **inputs: Any
+) -> dict[str, Tensor]:
     """Inputs of the modules at ``paths`` in one forward pass, which ends where the last was seen.
 
     So the language model's head, whose input the last hidden states are, is never computed.
@@ -22,6 +24,7 @@ def inputs_of(model: Any, paths: Sequence[str], **inputs: Any) -> dict[str, Tens
     Args:
         model: a transformers model.
         paths: of modules in it, as ``named_modules`` has them.
+        entry: the part of the model that is run, an encoder for one; None is all of it.
         inputs: to its ``forward``.
 
     Returns:
@@ -47,7 +50,7 @@ def inputs_of(model: Any, paths: Sequence[str], **inputs: Any) -> dict[str, Tens
             handle = modules[path].register_forward_pre_hook(_hook(see, path), with_kwargs=True)
             hooks.callback(handle.remove)
         try:
-            model(**inputs, use_cache=False)
+            (model if entry is None else entry)(**inputs)
         except _AllSeenError:
             return seen
     silent = sorted(set(paths).difference(seen))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from os import PathLike
@@ -34,6 +34,7 @@ from mttl_routing.routers import (
     RouterOptions,
     Tasks,
 )
+from mttl_routing.routers.embedding import Example
 from mttl_routing.saving import Made, check_base, imported, load, save
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class RoutedModel:
         tokenizer: Any = None,
         strict: bool = False,
         batches: Batches | None = None,
+        examples: Mapping[str, Iterable[Example]] | None = None,
         **options: Any,
     ) -> Self:
         """All experts of a library around a base model; :meth:`from_experts` says more.
@@ -138,7 +140,7 @@ class RoutedModel:
         return cls._of(
             experts_of(library), router, options, library, base_model=base_model, combine=combine,
             granularity=granularity, dtype=dtype, tokenizer=tokenizer, strict=strict,
-            batches=batches,
+            batches=batches, examples=examples,
         )  # fmt: skip
 
     @classmethod
@@ -156,6 +158,7 @@ class RoutedModel:
         tokenizer: Any = None,
         strict: bool = False,
         batches: Batches | None = None,
+        examples: Mapping[str, Iterable[Example]] | None = None,
         **options: Any,
     ) -> Self:
         """Experts around a base model; their factors are copied, a base already loaded is not.
@@ -180,6 +183,8 @@ class RoutedModel:
                 tokenizer or template; else that is a warning which names both digests.
             batches: data of each expert, for routers that learn from it (``centroid``,
                 ``phatgoose``, a calibrated ``seqr``): by its name, or by a function of the expert.
+            examples: prompts of each expert by its name (of each task, for ``lorauter``), as texts
+                or batches of token ids, for routers that are fitted on them.
             options: ``top_p``, ``threshold``, ``null`` as :class:`~mttl_routing.Choice` has them;
                 ``weights`` for ``fixed``.
 
@@ -190,7 +195,7 @@ class RoutedModel:
         return cls._of(
             experts_of(experts), router, options, None, base_model=base_model, combine=combine,
             granularity=granularity, dtype=dtype, tokenizer=tokenizer, strict=strict,
-            batches=batches,
+            batches=batches, examples=examples,
         )  # fmt: skip
 
     @classmethod
@@ -203,13 +208,18 @@ class RoutedModel:
         *,
         base_model: BaseModel | PreTrainedModel | None,
         batches: Batches | None,
+        examples: Mapping[str, Iterable[Example]] | None,
         **settings: Any,
     ) -> Self:
         experts = sorted(experts, key=lambda expert: expert.name)
-        made = Made(router, options) if isinstance(router, str) else Made(None, {})
-        built = _router(router, made, experts, library, batches, base_model)
+        fitted = batches is not None or examples is not None
+        if base_model is None and fitted:
+            base_model = _load(*_known_base(experts))
+        data = {"batches": batches, "examples": examples, "base_model": base_model}
+        built = _router(router, experts, library=library, **data, **options)
         routed = cls(base_model, experts, built, **settings)
-        routed._made = made
+        if isinstance(router, str) and not fitted:  # the data that it is fitted on is not saved
+            routed._made = Made(router, options)
         return routed
 
     # As a folder.
@@ -227,7 +237,7 @@ class RoutedModel:
 
         def keep(library: ExpertLibrary) -> None:
             if made.name is not None:
-                _router(made.name, made, roster.experts, library)
+                _router(made.name, roster.experts, library=library, **made.options)
 
         settings = {
             "combine": self.combine,
@@ -273,7 +283,9 @@ class RoutedModel:
         if router is None and saved.made.name is None:
             router = imported(saved, folder, trust_router)
         elif router is None:
-            router = _router(str(saved.made.name), saved.made, saved.experts, saved.library)
+            router = _router(
+                str(saved.made.name), saved.experts, library=saved.library, **saved.made.options
+            )
         if base_model is None:
             base_model = _load(saved.base["model_id"], saved.base["revision"])
         base = base_of(base_model)
@@ -572,21 +584,13 @@ def _load(model_id: str | None, revision: str | None) -> BaseModel:
     return load_base_model(model_id, revision=revision)
 
 
-def _router(
-    router: str | AnyRouter,
-    made: Made,
-    experts: Sequence[Expert],
-    library: ExpertLibrary | None,
-    batches: Batches | None = None,
-    base_model: BaseModel | PreTrainedModel | None = None,
-) -> AnyRouter:
-    """A router by name, built with what a library keeps of the experts; an object as it is."""
+def _router(router: str | AnyRouter, experts: Sequence[Expert], **options: Any) -> AnyRouter:
+    """A router by name, built with these :class:`RouterOptions`; an object as it is."""
     if not isinstance(router, str):
         return router
     if router not in ROUTERS:
         raise ValueError(f"no router {router!r}; there are {', '.join(map(repr, ROUTERS))}")
-    options = RouterOptions(**made.options, batches=batches, base_model=base_model, library=library)
-    return ROUTERS[router].build(experts, options)
+    return ROUTERS[router].build(experts, RouterOptions(**options))
 
 
 def _named(names: TaskNames | None) -> dict[str, Tasks]:

@@ -13,10 +13,14 @@ from mttl_routing.routers.arrow import Arrow, prototypes_of
 from mttl_routing.routers.centroid import Centroid, centroids
 from mttl_routing.routers.choice import Choice
 from mttl_routing.routers.data import Batch, data_digest, fingerprint_of
+from mttl_routing.routers.embedding import Example
 from mttl_routing.routers.fixed import Fixed
 from mttl_routing.routers.kept import Tensors, kept_each
+from mttl_routing.routers.logo import Logo
+from mttl_routing.routers.lorauter import Lorauter
 from mttl_routing.routers.norms import NormRouter, calibration, norm_factors
 from mttl_routing.routers.phatgoose import Phatgoose, train_gates
+from mttl_routing.routers.predictor import Predictor
 from mttl_routing.routers.protocol import (
     AnyRouter,
     FollowsExperts,
@@ -28,6 +32,7 @@ from mttl_routing.routers.protocol import (
     Tasks,
 )
 from mttl_routing.routers.prototypes import arrow_prototypes
+from mttl_routing.routers.retrieval import Retrieval
 from mttl_routing.routers.task import Task
 from mttl_routing.routers.uniform import Uniform
 
@@ -42,9 +47,13 @@ __all__ = [
     "Fixed",
     "FollowsExperts",
     "Layer",
+    "Logo",
+    "Lorauter",
     "NormRouter",
     "Phatgoose",
+    "Predictor",
     "Prompt",
+    "Retrieval",
     "Router",
     "RouterKind",
     "RouterOptions",
@@ -77,8 +86,10 @@ class RouterOptions:
         null: whether the base itself stands to choice.
         weights: the expert, or the gate of each expert by name, for ``fixed``.
         batches: data of each expert, for routers that learn from it.
-        base_model: what that data is shown to.
-        library: keeps what is derived from the experts; None computes it anew.
+        examples: prompts of each expert, or of each task (``lorauter``), by its name, for routers
+            that are fitted on them.
+        base_model: what data and prompts are shown to.
+        library: keeps what is derived from the experts and the data; None computes it anew.
     """
 
     top_k: int = 4
@@ -88,6 +99,7 @@ class RouterOptions:
     null: bool = False
     weights: str | Mapping[str, float] | None = None
     batches: Batches | None = None
+    examples: Mapping[str, Iterable[Example]] | None = None
     base_model: Any = None
     library: ExpertLibrary | None = None
 
@@ -145,6 +157,36 @@ def _uniform(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
     return Uniform()
 
 
+def _predictor(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    return Predictor.fit(experts, **_fitting("predictor", options))
+
+
+def _lorauter(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    return Lorauter.fit(experts, **_fitting("lorauter", options))
+
+
+def _logo(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    return Logo(experts, top_k=options.top_k)
+
+
+def _retrieval(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    return Retrieval.fit(experts, **_fitting("retrieval", options), top_k=options.top_k)
+
+
+def _fitting(name: str, options: RouterOptions) -> dict[str, Any]:
+    """What routers are fitted on; their other options keep the papers' defaults."""
+    if options.examples is None:
+        raise ValueError(
+            f"router {name!r} is fitted on examples of prompts, and there are none: give "
+            f"examples={{name: texts}}, or a {name.capitalize()} made by its `fit`"
+        )
+    return {
+        "examples": options.examples,
+        "base_model": options.base_model,
+        "library": options.library,
+    }
+
+
 def _norm_factors(experts: Sequence[Expert], options: RouterOptions) -> dict[str, Tensors]:
     if options.library is None:
         return {expert.name: norm_factors(expert) for expert in experts}
@@ -187,6 +229,11 @@ ROUTERS: Mapping[str, RouterKind] = MappingProxyType(
         "phatgoose": RouterKind(_phatgoose, "https://arxiv.org/abs/2402.05859"),
         "centroid": RouterKind(_centroid, _ARROW),
         "avg_act": RouterKind(_centroid, _ARROW),
+        "logo": RouterKind(_logo, "https://arxiv.org/abs/2511.07129"),
+        "lorauter": RouterKind(_lorauter, "https://arxiv.org/abs/2601.21795"),
+        # No paper's own: a yardstick in LoraRetriever's, by TF-IDF here.
+        "predictor": RouterKind(_predictor, "https://arxiv.org/abs/2402.09997"),
+        "retrieval": RouterKind(_retrieval, "https://arxiv.org/abs/2402.09997"),
         "oracle": RouterKind(_task, _ARROW),
         "task": RouterKind(_task, _ARROW),
         "uniform": RouterKind(_uniform, _ARROW),

@@ -7,6 +7,7 @@ set: examples come in as texts, or as batches of token ids.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 Batch = Mapping[str, Tensor]
 Example = str | Batch
 Encoder = Callable[[Sequence[str]], Tensor]
-# Where a decoder's cross-attention reads what the encoder made of the prompt.
-_CROSS_KEYS = ("EncDecAttention.k", "encoder_attn.k_proj")
+# How encoders call the norm that their last hidden states go through.
+_NORMS = ("final_layer_norm", "layer_norm")
 
 
 class Embedding(Protocol):
@@ -128,17 +129,13 @@ class BaseEmbedding:
         }
 
     def _observe(self, prompt: Prompt, paths: Sequence[str]) -> Mapping[str, Tensor]:
-        extra = {}
-        if self._model.config.is_encoder_decoder:
-            start = self._model.config.decoder_start_token_id or 0
-            extra["decoder_input_ids"] = torch.full_like(prompt.input_ids[:, :1], start)
-        return inputs_of(
-            self._model,
-            paths,
-            input_ids=prompt.input_ids,
-            attention_mask=prompt.attention_mask,
-            **extra,
-        )
+        model = self._model
+        entry = model.get_encoder() if model.config.is_encoder_decoder else model
+        mask = prompt.attention_mask
+        inputs = {"input_ids": prompt.input_ids, "attention_mask": mask}
+        if "position_ids" in inspect.signature(entry.forward).parameters:
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return inputs_of(model, paths, entry, **inputs)
 
 
 class TextEmbedding:
@@ -264,11 +261,13 @@ def _chunks(examples: Iterable[Example], size: int) -> Iterator[list[str] | Batc
 
 def _reads_last_hidden_states(model: Any) -> str:
     """Path of a module whose input is the last hidden states of the part that reads the prompt."""
-    if model.config.is_encoder_decoder:
-        found: list[str] = [p for p, _ in model.named_modules() if p.endswith(_CROSS_KEYS)]
+    if model.config.is_encoder_decoder:  # before the encoder's last norm
+        inside = {
+            id(module) for name, module in model.get_encoder().named_children() if name in _NORMS
+        }
     else:
-        head = model.get_output_embeddings()
-        found = [path for path, module in model.named_modules() if module is head]
+        inside = {id(model.get_output_embeddings())}
+    found: list[str] = [path for path, module in model.named_modules() if id(module) in inside]
     if not found:
         raise ValueError(
             f"where a {type(model).__name__} has its last hidden states is not known; embed "

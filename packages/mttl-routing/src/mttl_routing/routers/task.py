@@ -3,56 +3,65 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from mttl_routing.routers.protocol import Layer, Rows
+from mttl_experts import Expert
+from mttl_routing.routers.protocol import Prompt
 
 
 class Task:
-    """Gates by the task of a token's row.
+    """Gates by the task of a row.
 
     The tasks come from the caller, by ``routed.tasks(...)`` or ``task_names=``. Experts that share
-    a task share its gate equally. A row whose task is None gets the base model alone.
+    a task share its gate equally, those switched off left out. A row whose task is None gets the
+    base model alone.
 
     Args:
         tasks: tasks of each expert, by expert name.
     """
 
     def __init__(self, tasks: Mapping[str, tuple[str, ...]]) -> None:
-        """Keep which experts each task has."""
-        self._experts: dict[str, list[str]] = {}
-        for expert in sorted(tasks):
-            for task in tasks[expert]:
-                self._experts.setdefault(task, []).append(expert)
+        """Keep which tasks each expert has."""
+        self._tasks = dict(tasks)
 
-    def gates(self, x: Tensor, layer: Layer, rows: Rows) -> Tensor:
-        """(t, e), the same for all tokens of a row and in every layer."""
-        if rows.tasks is None:
+    def follow(self, added: Sequence[Expert], removed: Sequence[str]) -> None:
+        """Take up the tasks of new experts, and forget those of others."""
+        kept = {name: tasks for name, tasks in self._tasks.items() if name not in set(removed)}
+        self._tasks = kept | {expert.name: expert.expert_info.tasks for expert in added}
+
+    def decide(self, prompt: Prompt) -> Tensor:
+        """(b, e), the same for all tokens of a row and in every layer."""
+        tasks = prompt.tasks
+        if tasks is None:
             raise ValueError(
                 "routing by task needs the task of each row: call the model with task_names=[...], "
                 "or inside `with routed.tasks([...]):`"
             )
-        if isinstance(rows.tasks, str):
-            return self._gate(rows.tasks, layer).to(x.device).expand(x.shape[0], -1)
-        per_row = torch.stack([self._gate(task, layer) for task in rows.tasks])
-        return rows.spread(per_row.to(x.device))
+        n_rows = len(prompt.input_ids)
+        if isinstance(tasks, str):
+            tasks = (tasks,) * n_rows
+        if len(tasks) != n_rows:
+            raise ValueError(f"tasks are named for {len(tasks)} rows, the batch has {n_rows}")
+        gates = torch.zeros(n_rows, len(prompt.experts), device=prompt.input_ids.device)
+        for row, task in enumerate(tasks):
+            columns = [] if task is None else self._columns(task, prompt)
+            gates[row, columns] = 1.0 / max(1, len(columns))
+        return gates
 
-    def _gate(self, task: str | None, layer: Layer) -> Tensor:
-        """(e,) gates of one row."""
-        gate = torch.zeros(len(layer.experts))
-        if task is None:
-            return gate
-        if task not in self._experts:
-            near = difflib.get_close_matches(task, self._experts, n=3)
-            known = near or sorted(self._experts)[:5]
+    def _columns(self, task: str, prompt: Prompt) -> list[int]:
+        """Columns of the experts of a task that may be chosen."""
+        known = self._tasks
+        if not any(task in tasks for tasks in known.values()):
+            every = sorted({task for tasks in known.values() for task in tasks})
+            near = difflib.get_close_matches(task, every, n=3)
             raise ValueError(
                 f"no expert of this model has task {task!r}; "
-                f"{'did you mean' if near else 'there are'} {', '.join(map(repr, known))}"
-                f"{'?' if near else ''}"
+                f"{'did you mean' if near else 'there are'} "
+                f"{', '.join(map(repr, near or every[:5]))}{'?' if near else ''}"
             )
-        experts = self._experts[task]
-        gate[[layer.experts.index(expert) for expert in experts]] = 1.0 / len(experts)
-        return gate
+        return [
+            column for column in prompt.enabled if task in known.get(prompt.experts[column], ())
+        ]
