@@ -2,10 +2,14 @@
 
 import itertools
 import math
+import os
 import re
+import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -16,8 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from mttl_adapters import BaseModel
 from mttl_adapters.bank import Bank
 from mttl_experts import ExpertLibrary, lora_modules
+from mttl_routing import RoutedModel, apply_expert
 from mttl_routing.observing import inputs_of
-from mttl_routing.routers import Arrow, Layer, Prompt, Rows, SequenceRouter, arrow_prototypes
+from mttl_routing.routers import Layer, Prompt, Rows, SequenceRouter
 from mttl_routing.routers.embedding import BaseEmbedding, TextEmbedding, examples_digest
 from mttl_routing.routers.linear import logistic
 from mttl_routing.routers.logo import Logo, last_queries
@@ -398,17 +403,26 @@ def test_retrieval_gives_equal_shares_to_the_nearest(mixed_experts, loaded, ask,
     assert (router.decide(ask(texts, experts=NAMES[3:])) == 0).all()
 
 
+class ByNorm:
+    """Tokens shared among the experts that may be chosen, by what each adds to them."""
+
+    def gates(self, x, layer, rows):
+        added = [s * (x.float() @ a.float().T) @ b.float().T for a, b, s in layer.bank.factors()]
+        scores = torch.stack([update.norm(dim=1) for update in added], dim=1)
+        off = [column for column in range(len(layer.experts)) if column not in layer.enabled]
+        scores[:, off] = -torch.inf
+        return scores.softmax(1)
+
+
 def test_retrieval_then_tokens_asks_the_other_router_about_the_retrieved_alone(
     mixed_experts, loaded, ask
 ):
     path = "model.layers.1.self_attn.q_proj"
-    prototypes = {expert.name: arrow_prototypes(expert) for expert in mixed_experts}
     factors = [lora_modules(expert).get(path) for expert in mixed_experts]
     nothing = (torch.zeros(0, 32), torch.zeros(32, 0), 1.0)
     bank = Bank.from_factors([(f.a, f.b, f.scaling) if f else nothing for f in factors])
     layer = Layer(path, NAMES, bank)
-    arrow = Arrow(prototypes, top_k=2)
-    router = Retrieval.fit(mixed_experts, EXAMPLES, base_model=loaded, top_k=2, tokens=arrow)
+    router = Retrieval.fit(mixed_experts, EXAMPLES, base_model=loaded, top_k=2, tokens=ByNorm())
     assert isinstance(router, RetrievalThenTokens)
     x = torch.randn(4 * 5, 32, generator=torch.Generator().manual_seed(0))
     decision = torch.tensor([[0.5, 0.5, 0, 0], [0, 0.5, 0.5, 0], [0, 0, 0, 0], [0.5, 0.5, 0, 0]])
@@ -417,7 +431,12 @@ def test_retrieval_then_tokens_asks_the_other_router_about_the_retrieved_alone(
         kept = decision[row].nonzero().flatten()
         expected = torch.zeros(4)
         if len(kept):
-            lined_up = [abs(float(x[5 * row + token] @ prototypes[NAMES[e]][path])) for e in kept]
+            token_x = x[5 * row + token].double()
+            added = [
+                factors[e].scaling * factors[e].b.double() @ factors[e].a.double() @ token_x
+                for e in kept
+            ]
+            lined_up = [float(update.norm()) for update in added]
             expected[kept] = torch.tensor(lined_up).softmax(0)
         torch.testing.assert_close(gates[row, token], expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="saw the prompts"):
@@ -430,3 +449,89 @@ def test_shares_are_zero_where_nothing_can_be_chosen():
         Predictor(Nearest({"anna": torch.ones(2)}, TextEmbedding(normalize)), top_k=0)
     with pytest.raises(ValueError, match="temperature is 0"):
         Predictor(Nearest({"anna": torch.ones(2)}, TextEmbedding(normalize)), temperature=0)
+
+
+def made(name: str, experts, loaded):
+    """Each router by way of a routed model's own options."""
+    if name == "retrieval then tokens":
+        tokens = ByNorm()
+        return {
+            "router": Retrieval.fit(experts, EXAMPLES, base_model=loaded, top_k=2, tokens=tokens)
+        }
+    examples = dict(EXAMPLES)
+    return {"router": name} | ({} if name == "logo" else {"examples": examples})
+
+
+@pytest.mark.parametrize(
+    "name", ["predictor", "lorauter", "logo", "retrieval", "retrieval then tokens"]
+)
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 4}], ids=["greedy", "beam"])
+def test_generation_with_a_cache_equals_without_and_row_by_row(
+    base, mixed_experts, loaded, ask, name, mode
+):
+    prompt = ask(["add the two numbers", "sort the list", "name the capital of one"], side="left")
+    together = {"input_ids": prompt.input_ids, "attention_mask": prompt.attention_mask}
+    short = {"max_new_tokens": 5, "do_sample": False} | mode
+    options = made(name, mixed_experts, loaded)
+    with RoutedModel.from_experts(mixed_experts, base_model=loaded, top_k=2, **options) as routed:
+        cached = routed.generate(**together, **short)
+        assert torch.equal(cached, routed.generate(**together, **short, use_cache=False))
+        for row, (ids, mask) in enumerate(zip(*together.values(), strict=True)):
+            alone = routed.generate(ids[mask.bool()][None], **short)
+            assert torch.equal(cached[row, -5:], alone[0, -5:])
+        threads = [None, None]
+
+        def run(index: int) -> None:
+            threads[index] = routed.generate(**together, **short)
+
+        started = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+        for thread in started:
+            thread.start()
+        for thread in started:
+            thread.join()
+        assert all(torch.equal(each, cached) for each in threads)
+    assert not torch.equal(cached, base.generate(**together, **short))
+
+
+def test_a_row_predicted_to_be_an_experts_own_equals_that_expert(
+    base, make_expert, mixed_experts, loaded, ask
+):
+    prompt = ask(["add one number", "sort the letters"], side="left")
+    inputs = {"input_ids": prompt.input_ids, "attention_mask": prompt.attention_mask}
+    with torch.no_grad():
+        with RoutedModel.from_experts(
+            mixed_experts, "predictor", base_model=loaded, examples=EXAMPLES
+        ) as routed:
+            together = routed(**inputs).logits
+        for row, expert in enumerate(mixed_experts[:2]):
+            with apply_expert(base, expert) as alone:
+                kept = prompt.attention_mask[row].bool()
+                torch.testing.assert_close(
+                    together[row, kept], alone(**inputs).logits[row, kept], rtol=1e-4, atol=1e-4
+                )
+
+
+def test_a_router_that_is_fitted_says_what_it_is_fitted_on(mixed_experts, loaded):
+    with pytest.raises(ValueError, match=r"'predictor' is fitted on examples.*examples="):
+        RoutedModel.from_experts(mixed_experts, "predictor", base_model=loaded)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("MTTL_TEST_DATA" not in os.environ, reason="MTTL_TEST_DATA names no real data")
+@pytest.mark.parametrize("head", ["centroid", "logistic"])
+def test_words_tell_the_flan_tasks_apart(head, make_expert):
+    """48 tasks, 12,011 training prompts; the 1,501 test prompts have none of them among them."""
+    folder = Path(os.environ["MTTL_TEST_DATA"], "flan_flat")
+    rows = parquet.read_table(folder / "train.parquet").to_pylist()
+    train, test = ([r for r in rows if r["split"] == split] for split in ("train", "test"))
+    texts: dict[str, list[str]] = {}
+    for row in train:
+        texts.setdefault(row["task_name"], []).append(row["source"])
+    assert len(texts) == 48
+    words = Words(list(texts), Words.fit(list(texts.values()), head))
+    scores = words.of_texts([row["source"] for row in test])
+    right = [
+        words.names[i] == row["task_name"] for i, row in zip(scores.argmax(1), test, strict=True)
+    ]
+    print(f"{head}: {np.mean(right):.4f} of {len(test)}")
+    assert np.mean(right) > 0.99

@@ -120,9 +120,9 @@ class RetrievalThenTokens(Retrieval):
         x = x.view(len(rows.decision), rows.tokens, -1)
         gates = x.new_zeros(*x.shape[:2], len(layer.experts), dtype=torch.float32)
         for retrieved, members in groups.items():
-            if not retrieved:
-                continue
             some = narrowed(retrieved)
+            if not some.present:  # none retrieved, or none that changes this layer
+                continue
             part = self.tokens.gates(x[members].flatten(0, 1), some, _of(members, rows, some))
             part = part if isinstance(part, Tensor) else part.dense(len(layer.experts))
             gates[members] = part.view(len(members), rows.tokens, -1)
