@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from eval_options import EvalOptions
+from eval_options import FITTED, LEARNERS, EvalOptions
 from rich.table import Table
 
 from mttl_adapters import (
@@ -24,6 +24,7 @@ from mttl_data import (
     HeldOut,
     PromptError,
     PromptWriter,
+    Row,
     check_benchmarks,
     context_length,
     evaluate_benchmarks,
@@ -192,15 +193,40 @@ class Evaluation:
                 source,
                 options.route or "",
                 base_model=self.base,
-                batches=self._batches if options.learning else None,
+                batches=self._batches if options.route in LEARNERS else None,
+                examples=self._prompts() if options.route in FITTED else None,
                 **options.choice,
             ) as routed,
             routed.tasks(task) if task else nullcontext(),
         ):
             yield routed
 
+    def _prompts(self) -> dict[str, list[str]]:
+        """Prompts of the rows that a router is fitted on: of each expert, or task for lorauter."""
+        found: dict[str, list[str]] = {}
+        for expert in self.experts:
+            for row in self._router_rows(expert):
+                whose = row.task_name if self.options.route == "lorauter" else expert.name
+                found.setdefault(whose, []).append(row.source)
+        return found
+
     def _batches(self, expert: Expert) -> Batches:
-        """The first training rows of an expert, as it was trained on them, for a router's use."""
+        """The rows of an expert that a router learns from, written as it was trained on them."""
+        options, trained = self.options, expert.expert_info.training_config or {}
+        writer = PromptWriter(
+            self.base.tokenizer,
+            max_length=context_length(self.base.model),
+            max_input_length=options.max_input_length or trained.get("max_input_length"),
+            max_output_length=options.max_output_length or trained.get("max_output_length"),
+        )
+        return Batches(
+            writer.examples(self._router_rows(expert)),
+            min(options.batch_size, ROUTER_BATCH),
+            pad_id=self.base.tokenizer.pad_token_id,
+        )
+
+    def _router_rows(self, expert: Expert) -> list[Row]:
+        """The first training rows of an expert, the same number of each of its tasks."""
         options, trained = self.options, expert.expert_info.training_config or {}
         filters = trained.get("filters") or {}
         dataset, tasks = self._dataset(expert), expert.expert_info.tasks
@@ -215,17 +241,7 @@ class Evaluation:
                 options.template_type or filters.get("template_type", ()),
             )[:each]
         ]
-        writer = PromptWriter(
-            self.base.tokenizer,
-            max_length=context_length(self.base.model),
-            max_input_length=options.max_input_length or trained.get("max_input_length"),
-            max_output_length=options.max_output_length or trained.get("max_output_length"),
-        )
-        return Batches(
-            writer.examples(rows[: options.router_rows]),
-            min(options.batch_size, ROUTER_BATCH),
-            pad_id=self.base.tokenizer.pad_token_id,
-        )
+        return rows[: options.router_rows]
 
     def _held_out(self, task: str, expert: Expert, n_shots: int = 0) -> HeldOut:
         """Test rows, chosen and cut as for the task's own expert where options say nothing."""

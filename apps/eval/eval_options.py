@@ -30,8 +30,12 @@ IN_DISTRIBUTION = "in_distribution"
 # Settings of routers that choose by scores, and what they are by default.
 CHOOSING = {"top_k": 4, "temperature": 1.0, "top_p": None, "threshold": None}
 CHOOSERS = ("arrow", "spectr", "seqr", "phatgoose", "centroid", "avg_act")
-# Routers that learn from rows of the experts' own data, and how many of each expert's by default.
+# Routers for whole rows that take how many experts alone.
+COUNTING = ("logo", "retrieval")
+# Routers that learn from rows of the experts' own data, those that are fitted on prompts of it, and
+# how many rows of each expert's by default.
 LEARNERS = ("phatgoose", "centroid", "avg_act")
+FITTED = ("predictor", "lorauter", "retrieval")
 ROUTER_ROWS = 64
 # Settings that some merge methods have; the method's own defaults where not given.
 MERGING = ("density", "inside", "scale")
@@ -84,15 +88,16 @@ class EvalOptions:
     @property
     def choice(self) -> dict[str, Any]:
         """Settings of a router that chooses; those that are off are left out."""
-        if self.route not in CHOOSERS:
-            return {}
-        values = {name: getattr(self, name) for name in CHOOSING}
+        names = CHOOSING if self.route in CHOOSERS else ()
+        names = ("top_k",) if self.route in COUNTING else names
+        values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
     def learning(self) -> dict[str, Any]:
         """How many rows a router that learns is shown."""
-        return {"router_rows": self.router_rows} if self.route in LEARNERS else {}
+        learns = self.route in (*LEARNERS, *FITTED)
+        return {"router_rows": self.router_rows} if learns else {}
 
     @property
     def in_distribution(self) -> bool:
@@ -125,8 +130,10 @@ def check(**options: Any) -> EvalOptions:
     _known(options["route"], "--route", ROUTERS)
     if options["route"] == "fixed":
         raise click.UsageError("--route fixed is one expert: --merge uniform --selection NAME")
-    _default(options, CHOOSING, CHOOSERS)
-    _default(options, {"router_rows": ROUTER_ROWS}, LEARNERS)
+    for name, default in CHOOSING.items():
+        routers = (*CHOOSERS, *COUNTING) if name == "top_k" else CHOOSERS
+        _default(options, name, default, routers)
+    _default(options, "router_rows", ROUTER_ROWS, (*LEARNERS, *FITTED))
     if options["merge"] == "weighted":
         raise click.UsageError("--merge weighted takes weights, which only mttl_routing.merge has")
     for name in ("rank", *MERGING):
@@ -156,14 +163,13 @@ def check(**options: Any) -> EvalOptions:
     return EvalOptions(**options)
 
 
-def _default(options: dict[str, Any], defaults: dict[str, Any], routers: tuple[str, ...]) -> None:
+def _default(options: dict[str, Any], name: str, default: Any, routers: tuple[str, ...]) -> None:
     """Set what was not given; say so where what was given has no use."""
-    for name, default in defaults.items():
-        if options[name] is not None and options["route"] not in routers:
-            way = options["merge"] or options["route"] or "the base"
-            whose = ", ".join(router for router in routers if router != "avg_act")
-            say(f"--{name.replace('_', '-')} is for --route {whose}; {way} does without it")
-        options[name] = default if options[name] is None else options[name]
+    if options[name] is not None and options["route"] not in routers:
+        way = options["merge"] or options["route"] or "the base"
+        whose = ", ".join(router for router in routers if router != "avg_act")
+        say(f"--{name.replace('_', '-')} is for --route {whose}; {way} does without it")
+    options[name] = default if options[name] is None else options[name]
 
 
 def _known(name: str | None, option: str, names: Any) -> None:
