@@ -64,6 +64,10 @@ def test_the_oracle_is_each_expert_on_its_own_task(library, evaluate):
         ("--route", "arrow", "--top-k", "1"),
         ("--route", "uniform"),
         ("--route", "spectr", "--top-p", "0.5", "--threshold", "0.1"),
+        ("--route", "predictor", "--router-rows", "6"),
+        ("--route", "lorauter", "--router-rows", "6"),
+        ("--route", "retrieval", "--top-k", "1", "--router-rows", "6"),
+        ("--route", "logo", "--top-k", "1"),
         ("-k", "merge_or_route=phatgoose", "router_rows=6"),
         ("-k", "merge_or_route=avg_act", "topk=1"),
         ("-k", "merge_or_route=arrow", "router_temp=0.5", "recompute_prototypes=True"),
@@ -82,7 +86,10 @@ def test_each_way_to_one_model_gives_scores(library, evaluate, args):
     ("way", "says"),
     [
         (("--merge", "uniform", "--top-k", "2"), "--top-k is for --route arrow, spectr"),
-        (("--route", "arrow", "--router-rows", "2"), "is for --route phatgoose, centroid; arrow"),
+        (
+            ("--route", "arrow", "--router-rows", "2"),
+            "is for --route phatgoose, centroid, predictor, lorauter, retrieval; arrow",
+        ),
         (
             ("--route", "oracle", "-k", "router_temp=2"),
             "phatgoose, centroid; oracle does without it",
