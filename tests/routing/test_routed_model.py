@@ -594,7 +594,7 @@ def test_bad_arguments_get_one_clear_line(base, mixed_experts):
 def test_a_router_whose_gates_have_another_shape_is_told_so(base, mixed_experts, tokens):
     class TooFew(Uniform):
         def gates(self, x, layer, rows):
-            return super().gates(x, layer, rows)[:, :2]
+            return torch.ones(len(x), 2)
 
     with (
         RoutedModel.from_experts(mixed_experts, TooFew(), base_model=base) as routed,
