@@ -17,45 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-HIDDEN, KEY_VALUE, INTERMEDIATE = 576, 192, 1536
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KEY_VALUE, HIDDEN),
-    "self_attn.v_proj": (KEY_VALUE, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
-
-
-def make_library(folder: str, count: int, rank: int, layers: int) -> None:
-    """Generated experts on all linear modules."""
-    import torch
-
-    from mttl_experts import Expert, ExpertInfo, ExpertLibrary
-
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "target_modules": sorted(name.split(".")[1] for name in SHAPES),
-        "bias": "none",
-    }
-    library = ExpertLibrary(f"local://{folder}", create=True)
-    with library.batch():
-        for number in range(count):
-            generator = torch.Generator().manual_seed(number)
-            weights = {}
-            for layer in range(layers):
-                for name, (out_features, in_features) in SHAPES.items():
-                    key = f"base_model.model.model.layers.{layer}.{name}"
-                    for part, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
-                        tensor = torch.randn(shape, generator=generator) * 0.02
-                        weights[f"{key}.lora_{part}.weight"] = tensor
-            info = ExpertInfo(f"e{number:03d}", expert_config=config, expert_model="bench/base")
-            library.add_expert(Expert(info, weights))
+from generated import make_library
 
 
 def errors(expert: Any, prototypes: Any, modules: int = 14) -> tuple[float, float]:

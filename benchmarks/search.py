@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from generated import SHAPES
 
 from mttl_experts import Expert, ExpertInfo, ExpertLibrary, LoraFactors, lora_modules
 from mttl_experts.search import sketch
@@ -37,15 +38,7 @@ TINY: Shapes = {
 SMOL: Shapes = {
     f"model.layers.{layer}.{module}": shape
     for layer in range(30)
-    for module, shape in {
-        "self_attn.q_proj": (576, 576),
-        "self_attn.k_proj": (192, 576),
-        "self_attn.v_proj": (192, 576),
-        "self_attn.o_proj": (576, 576),
-        "mlp.gate_proj": (1536, 576),
-        "mlp.up_proj": (1536, 576),
-        "mlp.down_proj": (576, 1536),
-    }.items()
+    for module, shape in SHAPES.items()
 }
 QUERY_VALUE = {k: s for k, s in SMOL.items() if k.endswith(("q_proj", "v_proj"))}
 
