@@ -50,6 +50,16 @@ def test_the_custom_router_equals_a_slow_loop(base, mixed_experts, tokens, tmp_p
         torch.testing.assert_close(found[token], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_example_of_a_router_that_learns_runs(base, mixed_experts, tokens, tmp_path, blocks):
+    library = ExpertLibrary(f"local://{tmp_path}/library", create=True)
+    library.add_expert(mixed_experts[0])
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    names = {"library": library, "base": base, "batches": {"anna": [batch]}}
+    exec(f"from mttl_routing import RoutedModel\n{blocks[1]}", names)
+    with names["model"] as model, torch.no_grad():
+        assert model(tokens).logits.shape == (3, 9, 61)
+
+
 def test_the_first_example_runs(base, mixed_experts, tmp_path, blocks, monkeypatch, capsys):
     class Tokenizer:
         def __call__(self, text: str, return_tensors: str) -> dict[str, torch.Tensor]:
