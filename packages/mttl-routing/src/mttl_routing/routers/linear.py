@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
-from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 from torch import Tensor
 
 
@@ -37,6 +35,9 @@ def logistic(rows: Any, owners: np.ndarray[Any, Any], n_classes: int) -> Linear:
         owners: (m,) class of each row, from 0, each at least once.
         n_classes: how many there are; with one there is nothing to tell apart, and its logit is 0.
     """
+    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+    from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
+
     if n_classes == 1:
         return Linear(torch.zeros(1, rows.shape[1]), torch.zeros(1))
     dense = isinstance(rows, np.ndarray)

@@ -35,14 +35,13 @@ from mttl_routing.routers.nearest import (
     shares,
 )
 from mttl_routing.routers.protocol import Prompt
-from mttl_routing.routers.words import RECIPE as WORDS
-from mttl_routing.routers.words import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mttl_adapters.base_models import BaseModel
     from mttl_experts import ExpertLibrary
+    from mttl_routing.routers.words import Words
 
 HEADS = ("centroid", "logistic")
 
@@ -150,10 +149,12 @@ def _words(
     base_model: Any,
     library: ExpertLibrary | None,
 ) -> Words:
+    from mttl_routing.routers.words import RECIPE, Words  # brings scikit-learn in
+
     tokenizer = getattr(base_model, "tokenizer", None)
     texts = [texts_of(some, tokenizer) for some in examples.values()]
     data = {name: examples_digest(some) for name, some in zip(examples, texts, strict=True)}
-    recipe = WORDS | {"head": head, "data": data}
+    recipe = RECIPE | {"head": head, "data": data}
     fitted = kept(library, list(experts.values()), recipe, lambda: Words.fit(texts, head))
     return Words(list(examples), fitted)
 
