@@ -83,6 +83,14 @@ TRAIN_KEYS = [
 )
 @click.option("--inside", help="Method inside core, knots, pico or compress_then_merge.")
 @click.option("--scale", type=float, help="Multiplies the merge. [default: the method's]")
+@click.option("--weights", help="NAME=W,NAME=W ... for the merge. [default: the method's]")
+@click.option(
+    "--option",
+    "merge_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="What the merge method takes besides, such as gamma=0.01; again for more.",
+)
 @click.option("--selection", help="Only these experts (comma list). [default: all]")
 @click.option("--model", help="Base model. [default: the one that the experts are for]")
 @click.option("--dataset", help="Tasks. [default: those that the experts were trained on]")

@@ -36,7 +36,17 @@ from mttl_experts import (
     ExpertLibrary,
     check_compatible,
 )
-from mttl_experts.jobs import TWO_SHOT, Scoring, bar, console, mean, percent, say, write_json
+from mttl_experts.jobs import (
+    TWO_SHOT,
+    Scoring,
+    bar,
+    console,
+    mean,
+    percent,
+    say,
+    weights_of,
+    write_json,
+)
 from mttl_routing import RoutedModel, apply_expert, check_one_base, merge
 
 # Rows that a router learns from at once.
@@ -98,6 +108,9 @@ class Evaluation:
         self.options, self.library, self.experts = options, library, experts
         # Of the experts that are evaluated; scores and prototypes kept on the way come after it.
         self.generation = library.generation
+        self.weights = None
+        if options.weights is not None:
+            self.weights = weights_of(options.weights, [expert.name for expert in experts])
         self.base = self._load()
         self.title = " ".join(f"{key} {value}" for key, value in options.method.items() if value)
         self.scoring = Scoring(
@@ -167,15 +180,17 @@ class Evaluation:
     def merged(self) -> Expert:
         """The experts merged into one."""
         options = self.options
+        own = {"density": options.density, "inside": options.inside} | options.merge_options
         with bar(f"merging {len(self.experts)} experts by {options.merge}") as shown:
             return merge(
                 self.library,
                 options.merge or "",
                 rank=options.rank,
-                density=options.density,
-                inside=options.inside,
                 scale=options.scale,
+                weights=self.weights,
+                strict=options.strict,
                 progress=shown.update,
+                **own,
             )
 
     @contextmanager

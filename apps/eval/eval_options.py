@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mttl_data import METRICS, benchmark_names
-from mttl_experts.jobs import say
+from mttl_experts.jobs import key_values, say
 from mttl_routing import MERGES, ROUTERS
 from mttl_routing.merges import bind
 
@@ -57,6 +57,8 @@ class EvalOptions:
     density: float | None
     inside: str | None
     scale: float | None
+    weights: str | None
+    merge_options: dict[str, Any]
     selection: str | None
     model: str | None
     dataset: str | None
@@ -79,8 +81,9 @@ class EvalOptions:
         """How the experts become one model, as plain data; it is part of a score's key."""
         if self.merge:
             way = {"merge": self.merge, "rank": self.rank, "density": self.density}
-            later = {"inside": self.inside, "scale": self.scale}
-            return way | {name: value for name, value in later.items() if value is not None}
+            later = {"inside": self.inside, "scale": self.scale, "weights": self.weights}
+            given = {name: value for name, value in later.items() if value is not None}
+            return way | given | self.merge_options
         if not self.route:
             return {}
         return {"route": self.route, **self.choice, **self.learning}
@@ -134,13 +137,17 @@ def check(**options: Any) -> EvalOptions:
         routers = (*CHOOSERS, *COUNTING) if name == "top_k" else CHOOSERS
         _default(options, name, default, routers)
     _default(options, "router_rows", ROUTER_ROWS, (*LEARNERS, *FITTED))
-    if options["merge"] == "weighted":
-        raise click.UsageError("--merge weighted takes weights, which only mttl_routing.merge has")
-    for name in ("rank", *MERGING):
+    options["merge_options"] = key_values(options["merge_options"])
+    if options["merge"] == "weighted" and not options["weights"]:
+        raise click.UsageError("--merge weighted takes --weights NAME=NUMBER,NAME=NUMBER")
+    if options["merge_options"] and not options["merge"]:
+        raise click.UsageError("--option is for --merge")
+    for name in ("rank", "weights", *MERGING):
         if options[name] is not None and not options["merge"]:
             raise click.UsageError(f"--{name} is for --merge")
     if options["merge"]:
         given = {name: options[name] for name in MERGING if name != "scale"}
+        given |= options["merge_options"]
         try:
             bind(MERGES[options["merge"]], options["merge"], given, 0, options["rank"])
         except ValueError as error:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from library_options import weights_of
 
-from mttl_experts.jobs import bar, known_errors, say
+from mttl_experts.jobs import bar, known_errors, say, weights_of
 
 if TYPE_CHECKING:
     from mttl_experts import Expert, ExpertLibrary

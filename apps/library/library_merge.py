@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from library_options import as_json, in_library, open_library, open_or_none, show, weights_of
+from library_options import as_json, in_library, open_library, open_or_none, show
 
-from mttl_experts.jobs import bar, known_errors, say
+from mttl_experts.jobs import bar, key_values, known_errors, say, weights_of
 
 
 @click.command()
@@ -51,7 +51,7 @@ def merge(
 
     if method not in MERGES:
         raise click.UsageError(f"METHOD {method!r} is not known; there are {', '.join(MERGES)}")
-    given = dict(map(_option, options))
+    given = key_values(options)
     with known_errors():
         wanted = list(names) or open_library(library).unmerged
         if not wanted:
@@ -88,12 +88,3 @@ def merge(
             say(f"{expert} leaves {len(modules)} modules alone, which count as zero")
 
     show(done, as_json, people)
-
-
-def _option(text: str) -> tuple[str, Any]:
-    from mttl_experts.jobs.command import literal
-
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise click.UsageError(f"--option takes KEY=VALUE, got {text!r}")
-    return key, literal(value)

@@ -80,25 +80,3 @@ def confirm(question: str, yes: bool) -> None:
     """Ask, unless told not to; anything but yes ends the command."""
     if not yes:
         click.confirm(question, abort=True, err=True)
-
-
-def weights_of(text: str, names: list[str]) -> dict[str, float]:
-    """One number for each of the names, from ``NAME=NUMBER,NAME=NUMBER``."""
-    found: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, number = part.strip().rpartition("=")
-        try:
-            found[name] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or name not in names:
-            raise click.ClickException(
-                f"--weights takes NAME=NUMBER,NAME=NUMBER for the experts chosen, got {part!r}"
-            )
-    missing = sorted(set(names) - set(found))
-    if missing:
-        raise click.ClickException(
-            f"--weights names no weight for {', '.join(missing)}; give it one, or choose experts "
-            "with --expert"
-        )
-    return found

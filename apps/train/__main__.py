@@ -36,9 +36,9 @@ at_least_1 = click.IntRange(min=1)
 
 # Keys of apps/eval alone, so that one config file does for both.
 EVAL_KEYS = [
-    "density", "expert_selection", "inside", "merge", "merge_or_route", "recompute",
-    "recompute_prototypes", "route", "router_rows", "router_temp", "scale", "selection", "strict",
-    "temperature", "threshold", "top_k", "top_p", "topk",
+    "density", "expert_selection", "inside", "merge", "merge_options", "merge_or_route", "option",
+    "recompute", "recompute_prototypes", "route", "router_rows", "router_temp", "scale",
+    "selection", "strict", "temperature", "threshold", "top_k", "top_p", "topk", "weights",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ package imports it.
 """
 
 from mttl_experts.jobs.command import JobCommand, known_errors
+from mttl_experts.jobs.pairs import key_values, weights_of
 from mttl_experts.jobs.progress import bar, console, say
 from mttl_experts.jobs.record import write_json
 from mttl_experts.jobs.scoring import TWO_SHOT, Scoring, mean, percent
@@ -15,9 +16,11 @@ __all__ = [
     "Scoring",
     "bar",
     "console",
+    "key_values",
     "known_errors",
     "mean",
     "percent",
     "say",
+    "weights_of",
     "write_json",
 ]
