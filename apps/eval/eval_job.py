@@ -182,16 +182,19 @@ class Evaluation:
         options = self.options
         own = {"density": options.density, "inside": options.inside} | options.merge_options
         with bar(f"merging {len(self.experts)} experts by {options.merge}") as shown:
-            return merge(
-                self.library,
-                options.merge or "",
-                rank=options.rank,
-                scale=options.scale,
-                weights=self.weights,
-                strict=options.strict,
-                progress=shown.update,
-                **own,
-            )
+            try:
+                return merge(
+                    self.library,
+                    options.merge or "",
+                    rank=options.rank,
+                    scale=options.scale,
+                    weights=self.weights,
+                    strict=options.strict,
+                    progress=shown.update,
+                    **own,
+                )
+            except ValueError as error:  # a value that the method does not take
+                raise click.UsageError(f"--merge: {error}") from error
 
     @contextmanager
     def _mixture(self, task: str | None) -> Iterator[Any]:

@@ -205,3 +205,9 @@ def test_merges_in_the_library_are_left_out_unless_selected(library, evaluate, a
     assert list(results()["experts"]) == ["copy_first", "copy_last"]
     assert evaluate("--merge", "uniform", "--selection", "mean,copy_first,copy_last").exit_code == 0
     assert list(results()["experts"]) == ["copy_first", "copy_last", "mean"]
+
+
+def test_a_value_that_the_merge_does_not_take_is_one_line(library, evaluate):
+    outcome = evaluate("--merge", "ties", "--option", "density=2")
+    assert isinstance(outcome.exception, SystemExit), outcome.exception
+    assert "density is 2" in outcome.output
