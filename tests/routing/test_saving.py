@@ -209,3 +209,16 @@ def test_a_trace_of_a_generation_has_what_was_decided_for_the_rows(base, mixed_e
     assert set(table["call"]) == {0, 1, 2}
     of_row = dict(zip(table["row"], table["expert"], strict=True))
     assert of_row == {0: "bert", 1: "bert", 2: "anna", 3: "anna"}
+
+
+def test_a_router_fitted_to_data_is_to_be_given_again(base, mixed_experts, tokens, tmp_path):
+    batches = {expert.name: [{"input_ids": tokens}] for expert in mixed_experts}
+    made = RoutedModel.from_experts(mixed_experts, "centroid", base_model=base, batches=batches)
+    with made as routed:
+        expected, router = logits_of(routed, tokens), routed.router
+        routed.save_pretrained(tmp_path / "routed")
+    load = RoutedModel.from_pretrained
+    with pytest.raises(TypeError, match=r"cannot be made from what was saved.*give router="):
+        load(tmp_path / "routed", base_model=base, trust_router=True)
+    with load(tmp_path / "routed", base_model=base, router=router) as routed:
+        assert torch.equal(logits_of(routed, tokens), expected)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +115,7 @@ def save(
             save_file({name: value.contiguous() for name, value in state.items()}, new / ROUTER)
         (new / FILE).write_text(json.dumps(record, indent=2) + "\n")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(Path(place, "before"))  # goes with the place, once the new one is there
         new.rename(folder)
 
 
@@ -160,6 +159,7 @@ def imported(saved: Saved, folder: Path, trust: bool) -> Any:
     Raises:
         ValueError: the caller did not allow that code to be imported and run.
         ImportError: it is not there.
+        TypeError: it needs more than was saved, as a router that was fitted to data does.
     """
     path = str(saved.path)
     if not trust:
@@ -177,7 +177,13 @@ def imported(saved: Saved, folder: Path, trust: bool) -> Any:
             f"the router {path!r} of {str(folder)!r} cannot be imported ({error}); give router=... "
             "with the object itself"
         ) from error
-    return found(**saved.made.options)
+    try:
+        return found(**saved.made.options)
+    except TypeError as error:
+        raise TypeError(
+            f"the router {path!r} of {str(folder)!r} cannot be made from what was saved of it "
+            f"({error}); give router=... with the object itself"
+        ) from error
 
 
 def check_base(saved: Saved, base: Base, fingerprint: str) -> None:
