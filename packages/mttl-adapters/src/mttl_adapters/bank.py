@@ -11,73 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from mttl_adapters import kernels
+from mttl_adapters import crossover, kernels
 from mttl_adapters.chosen import NONE, Chosen
 from mttl_adapters.kernels import torch as plain
-
-# What the two ways of plain torch cost, in multiply-adds of the dense one. Fitted to timings on 2
-# CPU cores, float32, layers of 576 to 2048 features, rank 16, 8 to 128 experts, 8 to 1024 tokens:
-# dense is then ahead up to 8 to 16 experts in prefill, up to 32 to 64 when 8 rows decode.
-DENSE_TOKENS = 24  # fewer tokens cost as much: the stacks must be read once
-GATHER_RANKS = 48  # fetching a chosen token and adding its result costs as much as these ranks
-GROUP_COST = 2_500_000  # what one expert's pair of small products costs beside its arithmetic
-
-# A pair of token and expert in the compiled kernel, in those of a dense product over all experts.
-COMPILED_PAIR = 1.6
+from mttl_adapters.slabs import Resident, Run, Slab, TensorSlab, stacked
 
 Factors = tuple[Tensor, Tensor, float]
-
-
-class Slab(Protocol):
-    """Memory with the rows of some experts, one below another."""
-
-    @property
-    def a(self) -> Tensor:
-        """(R, i)."""
-
-    @property
-    def b(self) -> Tensor:
-        """(R, o), B by rows."""
-
-    @property
-    def pointers(self) -> tuple[int, int]:
-        """Where the two begin."""
-
-
-@dataclass(frozen=True, eq=False)
-class TensorSlab:
-    """A slab of two tensors."""
-
-    a: Tensor
-    b: Tensor
-
-    @property
-    def pointers(self) -> tuple[int, int]:
-        """Where the two begin."""
-        return self.a.data_ptr(), self.b.data_ptr()
-
-
-class Resident(Protocol):
-    """Keeps the memory of banks within bounds; told what is read."""
-
-    def tick(self) -> int:
-        """A number above 0 that grows."""
-
-    def grown(self, bank: Bank, n_experts: int) -> None:
-        """So many experts of the bank were read that no one had read before."""
-
-
-class Run(NamedTuple):
-    """Where an expert's rows lie."""
-
-    slab: int
-    start: int
-    rank: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +114,9 @@ class Bank:
 
         The slab itself where the experts lie so; else a copy, made once.
         """
-        return self._stacked([slab.a for slab in self.slabs], self.in_features)
+        if not any(self.ranks):
+            return torch.empty(0, self.in_features, dtype=self.dtype, device=self.device)
+        return stacked([slab.a for slab in self.slabs], self.runs)
 
     @cached_property
     def b(self) -> Tensor:
@@ -179,7 +124,9 @@ class Bank:
 
         Each expert's columns are one run of memory.
         """
-        return self._stacked([slab.b for slab in self.slabs], self.out_features).T
+        if not any(self.ranks):
+            return torch.empty(self.out_features, 0, dtype=self.dtype, device=self.device)
+        return stacked([slab.b for slab in self.slabs], self.runs).T
 
     @cached_property
     def device(self) -> torch.device:
@@ -342,33 +289,14 @@ class Bank:
         dtype = torch.promote_types(x.dtype, self.dtype)
         if not present:
             return x.new_zeros((x.shape[0], self.out_features), dtype=dtype)
-        gates = gates[:, present]
         scalings = gates.new_tensor([self.scalings[index] for index in present])
-        hidden = x.to(dtype) @ self.a.to(dtype).T
-        hidden = hidden.view(x.shape[0], len(present), ranks.pop())  # (t, e, r)
-        mixed = (hidden * gates.unsqueeze(2)).sum(dim=1, keepdim=True)  # (t, 1, r)
-        hidden = (mixed * (gates * scalings).unsqueeze(2)).flatten(1)  # (t, R)
-        out: Tensor = hidden.to(dtype) @ self.b.to(dtype).T
-        return out
+        return plain.before(x.to(dtype), self.a, self.b.T, gates[:, present], scalings)
 
     def _rows(self, expert: int) -> Factors:
         """An expert's A (r, i) and B by rows (r, o), as views."""
         slab, start, rank = self.runs[expert]
         rows = slice(start, start + rank)
         return self.slabs[slab].a[rows], self.slabs[slab].b[rows], self.scalings[expert]
-
-    def _stacked(self, parts: list[Tensor], features: int) -> Tensor:
-        place, total = 0, sum(self.ranks)
-        for slab, start, rank in self.runs:
-            if rank and (slab != self.runs[0].slab or start != place):
-                break
-            place += rank
-        else:
-            if len(parts) and parts[self.runs[0].slab if self.runs else 0].shape[0] == total:
-                return parts[self.runs[0].slab if self.runs else 0]
-        if not self.runs:
-            return torch.empty(0, features, dtype=self.dtype, device=self.device)
-        return torch.cat([parts[run.slab][run.start : run.start + run.rank] for run in self.runs])
 
     def _new(self, a: Tensor, b: Tensor) -> tuple[Run, TensorSlab]:
         _check_factors(a, b, (self.out_features, self.in_features), "the new expert")
@@ -400,17 +328,12 @@ class Bank:
 
     def _grouped_pays(self, x: Tensor, chosen: int) -> bool:
         """Whether sort-and-group is cheaper for so many choices among the tokens of x."""
-        tokens = x.shape[0]
         if self.resident:
             return True
         if kernels.compiled(x) and self._compiled_takes(x):
-            return tokens < DENSE_TOKENS or chosen * COMPILED_PAIR < tokens * len(self)
+            return crossover.compiled_groups(x.shape[0], len(self), chosen)
         features = self.in_features + self.out_features
-        total = sum(self.ranks)
-        dense = max(tokens, DENSE_TOKENS) * total * features
-        mean_rank = total / max(1, len(self))
-        arithmetic = chosen * (mean_rank + GATHER_RANKS) * features
-        return arithmetic + min(chosen, len(self)) * GROUP_COST < dense
+        return crossover.plain_groups(x.shape[0], len(self), chosen, sum(self.ranks), features)
 
     def _read(self, chosen: Chosen, resident: Resident) -> None:
         """Mark the chosen experts as read."""

@@ -24,6 +24,14 @@ def dense(x: Tensor, a: Tensor, b: Tensor, per_rank: Tensor) -> Tensor:
     return (hidden * per_rank).to(x.dtype) @ b.to(x.dtype)
 
 
+def before(x: Tensor, a: Tensor, b: Tensor, gates: Tensor, scalings: Tensor) -> Tensor:
+    """(Σ g s B)(Σ g A) x for experts of one rank: A (e r, i), B (e r, o), gates (t, e)."""
+    hidden = (x @ a.to(x.dtype).T).unflatten(1, (gates.shape[1], -1))  # (t, e, r)
+    mixed = (hidden * gates.unsqueeze(2)).sum(dim=1, keepdim=True)  # (t, 1, r)
+    hidden = (mixed * (gates * scalings).unsqueeze(2)).flatten(1)  # (t, e r)
+    return hidden.to(x.dtype) @ b.to(x.dtype)
+
+
 def grouped(x: Tensor, factors: Factors, chosen: Chosen, out: Tensor) -> Tensor:
     """``out`` (t, o), added to by one pair of products for each expert that some token chose."""
     if chosen.tokens >= 16 and not out.requires_grad:
