@@ -11,9 +11,10 @@ import ctypes
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from mttl_adapters import Bank, Chosen, Keys, kernels, top_k
 
 # SmolLM2-135M, as (in, out) of the linears that share an input: q, k and v; o; gate and up; down.
 LAYER = (((576, 576), (576, 192), (576, 192)), ((576, 576),), ((576, 1536),) * 2, ((1536, 576),))
-RANK = 16
+RANK, ROWS, TOKENS = 16, 8, 256
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -114,16 +116,35 @@ def check(found: list[Tensor], expected: list[Tensor], lines: slice, tolerance: 
     return worst
 
 
-def floors(experts: int, k: int, tokens: int, dtype: torch.dtype, logits: bool) -> dict[str, float]:
+def floors(
+    experts: int,
+    k: int,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    logits: bool,
+    distinct: float | None = None,
+    head: int = 0,
+) -> dict[str, float]:
     """Multiply-adds and bytes of weights, of the base and of what comes on top of it.
 
     The exact logits count in full, at half the cost where bfloat16 may screen a float32 layer.
+
+    Args:
+        experts: in each layer.
+        k: experts a token gets.
+        tokens: of the input.
+        dtype: of base and experts.
+        logits: whether tokens are compared with the experts, or told theirs by name.
+        distinct: experts that some token chose, in a layer; by chance, where it was not counted.
+        head: weights of the base for each layer beside its linears: the language head's share.
     """
     shapes = [shape for group in LAYER for shape in group]
-    base_flops = sum(i * o for i, o in shapes)
+    base_flops = sum(i * o for i, o in shapes) + head
     added = sum(k * RANK * (i + o) for i, o in shapes)
     scores = sum(experts * i for i, _ in shapes) if logits else 0
-    distinct = experts * (1 - (1 - k / experts) ** tokens) if logits else min(experts, 8)
+    if distinct is None:
+        distinct = experts * (1 - (1 - k / experts) ** tokens) if logits else min(experts, ROWS)
     moved = distinct * RANK * sum(i + o for i, o in shapes) * dtype.itemsize + 2 * scores
     screen = 0.5 if dtype == torch.float32 else 1.0
     return {
@@ -133,7 +154,9 @@ def floors(experts: int, k: int, tokens: int, dtype: torch.dtype, logits: bool) 
     }
 
 
-def interleaved(systems: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+def interleaved(
+    systems: Mapping[str, Callable[[], object]], seconds: float
+) -> dict[str, list[float]]:
     """Seconds of every run of each system, in turns."""
     times: dict[str, list[float]] = {name: [] for name in systems}
     for run in systems.values():
@@ -169,6 +192,69 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
+def measured(
+    experts: int,
+    *,
+    k: int,
+    tokens: int,
+    dtype: torch.dtype,
+    by_name: bool,
+    layers: int,
+    seconds: float,
+) -> Iterator[dict[str, Any]]:
+    """A row for the linears alone, and one for each kernel that adds experts to them."""
+    groups = [group for _ in range(layers) for group in build(experts, tokens, dtype, DEVICE)]
+    chosen = None
+    if by_name:
+        rows = torch.arange(ROWS, device=DEVICE) % experts
+        chosen, k = Chosen.for_rows(rows, tokens // ROWS), 1
+    lines, tolerance = slice(0, 64), 1e-5 if dtype == torch.float32 else 6e-3
+    expected = reference(groups, k, chosen, lines)
+    found: dict[str, Callable[[], list[Tensor]]] = {"base": lambda: base(groups)}
+    memory, wrong = {"base": 0.0}, {"base": 0.0}
+    names = ["cpu", "torch"] if kernels.missing() is None and DEVICE == "cpu" else ["torch"]
+    for name in names:
+
+        def with_kernel(name: str = name) -> list[Tensor]:
+            with kernels.using(name):
+                return routed(groups, k) if chosen is None else named(groups, chosen)
+
+        found[name] = with_kernel
+        memory[name] = extra_mb(with_kernel, found["base"])
+        wrong[name] = check(with_kernel(), expected, lines, tolerance)
+    times = interleaved(found, seconds)
+    for name in found:
+        ratios = [a / b for a, b in zip(times[name], times["base"], strict=True)]
+        yield {
+            "base": "linears of a layer",
+            "system": {"base": "base", "cpu": "mttl", "torch": "mttl, plain torch"}[name],
+            "experts": experts,
+            "top_k": k,
+            "dtype": str(dtype).removeprefix("torch."),
+            "what": "named" if by_name else "routed",
+            "tokens": tokens,
+            "layers": layers,
+            "median_ms": round(statistics.median(times[name]) * 1e3, 3),
+            "ratio": round(statistics.median(ratios), 3),
+            "extra_mb": memory[name],
+            "error": float(f"{wrong[name]:.1e}"),
+            **floors(experts, k, tokens, dtype, logits=not by_name),
+            "rounds": len(ratios),
+            "device": device_name(),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def device_name() -> str:
+    """What the rows were measured on."""
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in info if "model name" in line), "cpu")
+    bf16 = any(line.startswith("flags") and "avx512_bf16" in line for line in info)
+    return f"{name}, AVX512-bf16" if bf16 else name
+
+
 def main() -> None:
     """Read the options and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -180,7 +266,6 @@ def main() -> None:
     parser.add_argument(
         "--layers",
         type=int,
-        default=0,
         help="Layers in a run; 1, or 4 with --decode, so that no cache holds all weights.",
     )
     parser.add_argument("--seconds", type=float, default=8.0, help="For each number of experts.")
@@ -188,56 +273,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    dtype = getattr(torch, options.dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokens = 8 if options.decode else 2048
-    lines, tolerance = slice(0, 64), 1e-5 if dtype == torch.float32 else 6e-3
-
-    @torch.inference_mode()
-    def measure(experts: int) -> None:
-        layers = options.layers or (4 if options.decode else 1)
-        groups = [group for _ in range(layers) for group in build(experts, tokens, dtype, device)]
-        chosen = None
-        if options.named:
-            chosen = Chosen.for_rows(torch.arange(8) % experts, tokens // 8)
-        run = (lambda: named(groups, chosen)) if chosen else (lambda: routed(groups, options.top_k))
-        found: dict[str, Callable[[], list[Tensor]]] = {"base": lambda: base(groups)}
-        memory, wrong = {"base": 0.0}, {"base": 0.0}
-        expected = reference(groups, options.top_k, chosen, lines)
-        names = ["cpu", "torch"] if kernels.missing() is None and device == "cpu" else ["torch"]
-        for name in names:
-
-            def with_kernel(name: str = name) -> list[Tensor]:
-                with kernels.using(name):
-                    return run()
-
-            found[name] = with_kernel
-            memory[name] = extra_mb(with_kernel, found["base"])
-            wrong[name] = check(with_kernel(), expected, lines, tolerance)
-        times = interleaved(found, options.seconds)  # type: ignore[arg-type]
-        for name in found:
-            ratios = [a / b for a, b in zip(times[name], times["base"], strict=True)]
-            row = {
-                "system": f"{'named' if options.named else 'routed'} {name}",
-                "experts": experts,
-                "top_k": 1 if options.named else options.top_k,
-                "dtype": options.dtype,
-                "tokens": tokens,
-                "layers": options.layers or (4 if options.decode else 1),
-                "median_ms": round(statistics.median(times[name]) * 1e3, 3),
-                "ratio": round(statistics.median(ratios), 3),
-                "extra_mb": memory[name],
-                "error": float(f"{wrong[name]:.1e}"),
-                **floors(
-                    experts, 1 if options.named else options.top_k, tokens, dtype, not options.named
-                ),
-                "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-                "threads": options.threads,
-            }
-            print(json.dumps(row), flush=True)
-
     for experts in options.experts:
-        measure(experts)
+        with torch.inference_mode():
+            for row in measured(
+                experts,
+                k=options.top_k,
+                tokens=ROWS * (1 if options.decode else TOKENS),
+                dtype=getattr(torch, options.dtype),
+                by_name=options.named,
+                layers=options.layers or (4 if options.decode else 1),
+                seconds=options.seconds,
+            ):
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

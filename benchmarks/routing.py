@@ -1,36 +1,50 @@
-"""What routing adds to a whole forward of a transformers model of SmolLM2-135M's shapes.
+"""What routing adds to a transformers model of SmolLM2-135M's shapes: prefill, decode, by name.
 
-    uv run benchmarks/routing.py [--experts 256] [--top-k 2] [--decode | --named] [--no-peers]
+    uv run benchmarks/routing.py [--experts 256] [--top-k 2] [--dtype bfloat16]
+        [--decode | --named] [--no-peers] [--library FOLDER]
 
-Base is the forward of the whole model with its head; ``benchmarks/kernels.py`` has the linears of
-a layer alone. All systems are timed in turns in one process, each with a base of its own, and a
-row is one JSON line: median milliseconds, the median of the ratios to the base of the same round,
-and the peak of memory over that of the base's forward. Nothing is reported unless the logits agree
-with a plain version of Arrow that computes every expert for every token. ``--named`` is a batch in
-which every row has an expert of its own, told by name. PEFT computes every expert for every token,
-so its rows are for as many experts as ``--peer-experts``.
+A row is one JSON line: median milliseconds, the median of the ratios to the base of the same round,
+the peak of memory over the base's, the row's own floors by multiply-adds and by bytes of weights,
+and the distinct experts of a layer in a step. Everything runs in turns in one process. There are
+two bases: the whole forward with its head, and the linears of a layer alone.
+
+Nothing is reported where outputs differ. Ours must agree with a plain Arrow that computes every
+expert for every token in a loop; PEFT's Arrow with ours over the same experts and PEFT's own
+prototypes; PEFT's mixed batch with ours. PEFT computes every expert for every token, so its Arrow
+has as many as ``--peer-experts``, and its row says how many that are.
 """
 
 import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from generated import HIDDEN, INTERMEDIATE, make_library
-from kernels import extra_mb, floors, interleaved
+from generated import HIDDEN, make_library
+from kernels import (
+    DEVICE,
+    RANK,
+    ROWS,
+    TOKENS,
+    device_name,
+    extra_mb,
+    floors,
+    interleaved,
+    measured,
+)
 from torch import Tensor, nn
 
 from mttl_adapters import kernels
 from mttl_experts import ExpertLibrary, lora_modules
 from mttl_routing import RoutedModel, Task
-from mttl_routing.routers import arrow_prototypes
+from mttl_routing.routers import Arrow, Choice, arrow_prototypes
 
-VOCABULARY, ROWS, TOKENS, RANK = 49152, 8, 256, 16
+VOCABULARY, INTERMEDIATE, PROMPT = 49152, 1536, 64
 Run = Callable[[], Any]
 
 
@@ -44,7 +58,21 @@ def make_base(layers: int, dtype: torch.dtype) -> Any:
         num_hidden_layers=layers, num_attention_heads=9, num_key_value_heads=3,
         tie_word_embeddings=True,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    return LlamaForCausalLM(config).to(DEVICE, dtype).eval().requires_grad_(False)
+
+
+def open_library(folder: Path, experts: int, layers: int) -> ExpertLibrary:
+    """The generated library in a folder, made unless it is there."""
+    if not any(folder.iterdir()):
+        make_library(str(folder), experts, RANK, layers)
+    library = ExpertLibrary(f"local://{folder}")
+    modules = len(lora_modules(library[library.keys()[0]]))
+    if len(library) != experts or modules != 7 * layers:
+        raise SystemExit(
+            f"{folder} has {len(library)} experts of {modules} modules, not {experts} of "
+            f"{7 * layers}; give another --library"
+        )
+    return library
 
 
 def forward_of(model: Any, ids: Tensor, decode: bool, **given: Any) -> Run:
@@ -70,13 +98,13 @@ def plain_arrow(base: Any, library: ExpertLibrary, top_k: int, ids: Tensor) -> T
 
     def hook(path: str, _: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
         x = args[0].flatten(0, -2).float()
-        scores = (x @ torch.stack([each[path] for each in vectors]).T).abs()
+        scores = (x @ torch.stack([each[path] for each in vectors]).to(x.device).T).abs()
         best = scores.topk(top_k, dim=1)
         gates = torch.zeros_like(scores).scatter(1, best.indices, best.values.softmax(dim=1))
-        added = torch.zeros(len(x), output.shape[-1])
+        added = torch.zeros(len(x), output.shape[-1], device=x.device)
         for index, own in enumerate(factors):
-            f = own[path]
-            added += gates[:, index, None] * f.scaling * (x @ f.a.float().T @ f.b.float().T)
+            a, b = (part.to(x.device).float() for part in (own[path].a, own[path].b))
+            added += gates[:, index, None] * own[path].scaling * (x @ a.T @ b.T)
         return (output + added.view(output.shape)).to(output.dtype)
 
     with ExitStack() as stack:
@@ -87,11 +115,12 @@ def plain_arrow(base: Any, library: ExpertLibrary, top_k: int, ids: Tensor) -> T
     return logits
 
 
-def check(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """End the run where logits differ."""
+def check(found: Tensor, expected: Tensor, tolerance: float, what: str) -> float:
+    """Their difference by the norm; it ends the run where it is too large."""
     error = float((found.float() - expected.float()).norm() / expected.float().norm())
     if not error <= tolerance:
-        raise SystemExit(f"logits differ by {error:.2e} of their norm; nothing is reported")
+        raise SystemExit(f"{what}: logits differ by {error:.2e} of their norm; nothing is reported")
+    return error
 
 
 def on_torch(run: Run) -> Run:
@@ -104,27 +133,159 @@ def on_torch(run: Run) -> Run:
     return plain
 
 
-def peft_arrow(library: ExpertLibrary, count: int, top_k: int, base: Any) -> Any:
-    """PEFT's Arrow over some of the experts."""
-    from peft.tuners.lora import ArrowConfig, create_arrow_model
+def distinct_experts(routed: RoutedModel, run: Run) -> float:
+    """Experts that some token of one run chose, in the mean over the layers."""
+    with routed.trace() as trace:
+        run()
+    chosen = [sum(share > 0 for share in layer.values()) for layer in trace.shares().values()]
+    return statistics.mean(chosen)
 
-    paths = [str(library.path(name)) for name in library.keys()[:count]]
-    return create_arrow_model(base, paths, ArrowConfig(top_k=top_k)).eval()
+
+class Bench:
+    """The systems of one command line, built and checked; ``rows`` times them."""
+
+    def __init__(self, library: ExpertLibrary, options: argparse.Namespace) -> None:
+        """Build every system, and end the run where one is wrong."""
+        self.options = options
+        self.dtype = getattr(torch, options.dtype)
+        self.ids = torch.randint(VOCABULARY, (ROWS, PROMPT if options.decode else TOKENS))
+        self.ids = self.ids.to(DEVICE)
+        self.library = library
+        self.names = library.keys()[:ROWS]
+        self.systems: dict[str, Run] = {"base": self._run(self._base())}
+        self.errors: dict[str, float] = {"base": 0.0}
+        self.experts: dict[str, int] = {"base": 0}
+        self._ours()
+        if not options.no_peers:
+            self._peer_named() if options.named else self._peer_arrow()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Time all systems in turns: one row each."""
+        options = self.options
+        times = interleaved(self.systems, options.seconds)
+        tokens = ROWS * (1 if options.decode else TOKENS)
+        rows = []
+        for name, run in self.systems.items():
+            ratios = [own / base for own, base in zip(times[name], times["base"], strict=True)]
+            experts = self.experts[name]
+            own = floors(
+                max(1, experts), 1 if options.named else options.top_k, tokens, self.dtype,
+                logits=not options.named, head=HIDDEN * VOCABULARY // options.layers,
+                distinct=self.distinct if name.startswith("mttl") else None,
+            )  # fmt: skip
+            rows.append({
+                "base": "forward",
+                "system": name,
+                "experts": experts,
+                "top_k": 1 if options.named else options.top_k,
+                "dtype": options.dtype,
+                "what": ("decode" if options.decode else "prefill")
+                + (", named" if options.named else ""),
+                "layers": options.layers,
+                "median_ms": round(1e3 * statistics.median(times[name]), 1),
+                "ratio": round(statistics.median(ratios), 3),
+                "extra_mb": extra_mb(run, self.systems["base"]),
+                "error": float(f"{self.errors[name]:.1e}"),
+                **(own if experts else {}),
+                "rounds": len(ratios),
+                "device": device_name(),
+                "threads": torch.get_num_threads(),
+            })  # fmt: skip
+        return rows
+
+    def _base(self) -> Any:
+        return make_base(self.options.layers, self.dtype)
+
+    def _run(self, model: Any, **given: Any) -> Run:
+        return forward_of(model, self.ids, self.options.decode, **given)
+
+    def _ours(self) -> None:
+        options, given = self.options, {}
+        tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+        router: Any = "arrow"
+        if options.named:
+            router = Task({name: (name,) for name in self.library})
+            given["task_names"] = self.names
+        routed = RoutedModel.from_library(
+            self.library, router, options.top_k, base_model=self._base(), dtype=self.dtype
+        )
+        run = self._run(routed, **given)
+        self.distinct = distinct_experts(routed, run)
+        self.systems |= {"mttl": run, "mttl, plain torch": on_torch(run)}
+        self.experts |= dict.fromkeys(("mttl", "mttl, plain torch"), options.experts)
+        some = self.ids[:1, :16]
+        expected = None if options.named else plain_arrow(
+            self._base(), self.library, options.top_k, some
+        )  # fmt: skip
+        for name, kernel in (("mttl", "auto"), ("mttl, plain torch", "torch")):
+            self.errors[name] = 0.0
+            if expected is not None:
+                with kernels.using(kernel):
+                    found = routed(input_ids=some).logits
+                self.errors[name] = check(found, expected, tolerance, name)
+
+    def _peer_arrow(self) -> None:
+        """PEFT's Arrow over some of the experts, and ours over the same, by PEFT's prototypes."""
+        from peft.tuners.lora import ArrowConfig, create_arrow_model
+
+        options = self.options
+        names = self.library.keys()[: min(options.peer_experts, options.experts)]
+        system = f"peft arrow, {len(names)} experts"
+        paths = [str(self.library.path(name)) for name in names]
+        peer = create_arrow_model(self._base(), paths, ArrowConfig(top_k=options.top_k)).eval()
+        some = self.ids[:1, :16]
+        expected = peer(input_ids=some).logits  # the first forward computes the prototypes
+        vectors: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for path, module in peer.named_modules():
+            arrow = getattr(module, "lora_arrow", {})
+            if "arrow_router" in arrow:
+                rows = arrow["arrow_router"].prototypes.float().cpu()
+                for name, row in zip(names, rows, strict=True):
+                    vectors[name][path.removeprefix("base_model.model.")] = row
+        few = RoutedModel.from_experts(
+            [self.library[name] for name in names], Arrow(vectors, Choice(options.top_k)),
+            base_model=self._base(), dtype=self.dtype,
+        )  # fmt: skip
+        self.errors[system] = check(few(input_ids=some).logits, expected, 5e-2, system)
+        self.systems[system], self.experts[system] = self._run(peer), len(names)
+
+    def _peer_named(self) -> None:
+        """PEFT's mixed batch over as many experts as there are rows."""
+        from peft import PeftModel
+
+        system = "peft mixed batch"
+        first, *others = self.names
+        peer = PeftModel.from_pretrained(
+            self._base(), str(self.library.path(first)), adapter_name=first
+        )
+        for name in others:
+            peer.load_adapter(str(self.library.path(name)), adapter_name=name)
+        run = self._run(peer.eval(), adapter_names=self.names)
+        expected = run()
+        tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+        for name in ("mttl", "mttl, plain torch"):
+            self.errors[name] = check(self.systems[name](), expected, tolerance, name)
+        self.errors[system] = 0.0
+        self.systems[system], self.experts[system] = run, len(self.names)
 
 
-def peft_named(library: ExpertLibrary, base: Any) -> Any:
-    """PEFT's mixed batch over as many experts as there are rows."""
-    from peft import PeftModel
-
-    names = library.keys()[:ROWS]
-    model = PeftModel.from_pretrained(base, str(library.path(names[0])), adapter_name=names[0])
-    for name in names[1:]:
-        model.load_adapter(str(library.path(name)), adapter_name=name)
-    return model.eval()
+def linears(options: argparse.Namespace) -> list[Mapping[str, Any]]:
+    """The rows of the linears alone."""
+    return list(
+        measured(
+            options.experts,
+            k=options.top_k,
+            tokens=ROWS * (1 if options.decode else TOKENS),
+            dtype=getattr(torch, options.dtype),
+            by_name=options.named,
+            layers=4 if options.decode else 1,
+            seconds=min(8.0, options.seconds),
+        )
+    )
 
 
 def main() -> None:
-    """Read the options, build every system, check them, time them."""
+    """Read the options, build every system, check them, time them, and print their rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--top-k", type=int, default=2)
@@ -134,72 +295,18 @@ def main() -> None:
     parser.add_argument("--named", action="store_true", help="An expert for each row, by name.")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--peer-experts", type=int, default=4, help="Of PEFT's Arrow.")
+    parser.add_argument("--library", type=Path, help="Folder that keeps the generated experts.")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        make_library(folder, options.experts, RANK, options.layers)
-        measure(ExpertLibrary(f"local://{folder}"), options)
-
-
-def measure(library: ExpertLibrary, options: argparse.Namespace) -> None:
-    """Build every system, check them, time them in turns, and print their rows."""
-    dtype = getattr(torch, options.dtype)
-    ids = torch.randint(VOCABULARY, (ROWS, 64 if options.decode else TOKENS))
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    make = partial(make_base, options.layers, dtype)
-    router = Task({name: (name,) for name in library}) if options.named else "arrow"
-    routed = RoutedModel.from_library(
-        library, router, options.top_k, base_model=make(), dtype=dtype
-    )
-    given: dict[str, Any] = {}
-    if options.named:
-        given["task_names"] = library.keys()[:ROWS]
-    else:
-        some = ids[:1, :16]
-        expected = plain_arrow(make(), library, options.top_k, some)
-        check(routed(input_ids=some).logits, expected, tolerance)
-    ours = forward_of(routed, ids, options.decode, **given)
-    systems = {
-        "base": forward_of(make(), ids, options.decode),
-        "mttl": ours,
-        "mttl, plain torch": on_torch(ours),
-    }
-    if not options.no_peers and options.named:
-        peer = peft_named(library, make())
-        names = library.keys()[:ROWS]
-        systems["peft mixed batch"] = forward_of(peer, ids, options.decode, adapter_names=names)
-        check(ours(), systems["peft mixed batch"](), tolerance)
-    elif not options.no_peers:
-        count = min(options.peer_experts, options.experts)
-        peer = peft_arrow(library, count, options.top_k, make())
-        systems[f"peft arrow, {count} experts"] = forward_of(peer, ids, options.decode)
-    times = interleaved(systems, options.seconds)
-    layer = floors(
-        options.experts, options.top_k, ROWS * (1 if options.decode else TOKENS), dtype,
-        not options.named,
-    )  # fmt: skip
-    linears = options.layers * HIDDEN * (2 * HIDDEN + 2 * 192 + 3 * INTERMEDIATE)
-    share = linears / (linears + HIDDEN * VOCABULARY)
-    for name, run in systems.items():
-        ratios = [own / base for own, base in zip(times[name], times["base"], strict=True)]
-        row = {
-            "system": name,
-            "experts": options.experts,
-            "top_k": options.top_k,
-            "dtype": options.dtype,
-            "layers": options.layers,
-            "what": "decode" if options.decode else "prefill",
-            "median_ms": round(1e3 * statistics.median(times[name]), 1),
-            "ratio": round(statistics.median(ratios), 3),
-            "extra_mb": extra_mb(run, systems["base"]),
-            "flop_floor": round(1 + (layer["flop_floor"] - 1) * share, 3),
-            "traffic_floor": round(1 + (layer["traffic_floor"] - 1) * share, 3),
-            "distinct_experts": layer["distinct_experts"],
-            "rounds": len(ratios),
-        }
-        print(json.dumps(row), flush=True)
+    if options.library:
+        options.library.mkdir(parents=True, exist_ok=True)
+    kept = nullcontext(options.library) if options.library else tempfile.TemporaryDirectory()
+    with kept as folder, torch.inference_mode():
+        library = open_library(Path(folder), options.experts, options.layers)
+        for row in (*linears(options), *Bench(library, options).rows()):
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
