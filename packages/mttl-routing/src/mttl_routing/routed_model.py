@@ -1,19 +1,16 @@
 """A transformers model whose adapted layers send each token to the experts that suit it.
 
-This is what users hold. The hooks on the base are in ``hooks.py``, the experts in ``roster.py``,
-what a row takes with it through a generation in ``decided.py``. What to choose is the router's.
+This is what users hold: how it is built, saved and used like the base. Its experts, which may
+come and go, are in ``attached.py``; what a row takes with it through a generation in
+``decided.py``. What to choose is the router's.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -21,19 +18,12 @@ from torch import nn
 
 from mttl_adapters.base_models import fingerprint
 from mttl_experts import Expert
-from mttl_routing.attachment import attachment_points, base_of
-from mttl_routing.call import Generation, Scope, call_of, resumed, scope_of, scoped, set_call
-from mttl_routing.cohort import Experts, check_one_base, experts_of, factors_by_module
-from mttl_routing.hooks import Hooks
-from mttl_routing.roster import Roster
-from mttl_routing.routers import (
-    ROUTERS,
-    AnyRouter,
-    Batches,
-    FollowsExperts,
-    RouterOptions,
-    Tasks,
-)
+from mttl_routing.attached import AttachedExperts, TaskNames, named_tasks
+from mttl_routing.attachment import base_of
+from mttl_routing.building import known_base, load_base, router_of
+from mttl_routing.call import Generation, call_of, resumed, set_call
+from mttl_routing.cohort import Experts, check_one_base, experts_of
+from mttl_routing.routers import AnyRouter, Batches
 from mttl_routing.routers.embedding import Example
 from mttl_routing.saving import Made, check_base, imported, load, save
 
@@ -42,17 +32,12 @@ if TYPE_CHECKING:
 
     from mttl_adapters.base_models import BaseModel
     from mttl_experts import ExpertLibrary
-    from mttl_routing.trace import Trace
-
-TaskNames = str | Sequence[str | None]
 
 # What the base would do for itself alone, leaving the experts out without a word.
 _NOT_DELEGATED = ("push_to_hub", "state_dict")
 
-_ROUTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-
-class RoutedModel:
+class RoutedModel(AttachedExperts):
     """A base model and the experts that its layers consult, used like the base model itself.
 
     ``routed(**inputs)``, ``routed.generate(**inputs)`` and the attributes of the transformers
@@ -86,32 +71,13 @@ class RoutedModel:
         The order of ``experts`` is that of the gates' columns.
         """
         check_one_base(experts, strict=strict)
-        self._base = base_of(_load(*_known_base(experts)) if base_model is None else base_model)
-        self.model = self._base.model
-        if self.model in _ROUTED:
-            raise ValueError(
-                "this base model carries a routed model already; call that one's remove() first, "
-                "or use it in a `with` block"
-            )
-        names = [expert.name for expert in experts]
-        if len(set(names)) < len(names):
-            raise ValueError(f"experts of one name cannot be told apart: {names!r}")
-        table = factors_by_module(experts)
-        points = attachment_points(self._base, experts, table, strict=strict)
-        self._dtype, self._strict = dtype, strict
+        if base_model is None:
+            base_model = load_base(*known_base(experts))
+        super().__init__(
+            base_of(base_model), experts, router, combine=combine, granularity=granularity,
+            dtype=dtype, tokenizer=tokenizer, strict=strict,
+        )  # fmt: skip
         self._made = Made(None, {})
-        self._changing = threading.Lock()
-        self._hooks = Hooks(
-            self.model,
-            router,
-            Roster.of(experts, table, dtype),
-            combine=combine,
-            granularity=granularity,
-            tokenizer=tokenizer or self._base.tokenizer,
-        )
-        self._check_combined(self._hooks.roster)
-        self._hooks.attach(points)
-        _ROUTED.add(self.model)
 
     @classmethod
     def from_library(
@@ -214,9 +180,9 @@ class RoutedModel:
         experts = sorted(experts, key=lambda expert: expert.name)
         fitted = batches is not None or examples is not None
         if base_model is None and fitted:
-            base_model = _load(*_known_base(experts))
+            base_model = load_base(*known_base(experts))
         data = {"batches": batches, "examples": examples, "base_model": base_model}
-        built = _router(router, experts, library=library, **data, **options)
+        built = router_of(router, experts, library=library, **data, **options)
         routed = cls(base_model, experts, built, **settings)
         if isinstance(router, str) and not fitted:  # the data that it is fitted on is not saved
             routed._made = Made(router, options)
@@ -237,7 +203,7 @@ class RoutedModel:
 
         def keep(library: ExpertLibrary) -> None:
             if made.name is not None:
-                _router(made.name, roster.experts, library=library, **made.options)
+                router_of(made.name, roster.experts, library=library, **made.options)
 
         settings = {
             "combine": self.combine,
@@ -245,7 +211,7 @@ class RoutedModel:
             "dtype": None if self._dtype is None else str(self._dtype).removeprefix("torch."),
         }
         base = {
-            "model_id": self._base.model_id or _known_base(roster.experts)[0],
+            "model_id": self._base.model_id or known_base(roster.experts)[0],
             "revision": self._base.revision,
             "fingerprint": self._base.fingerprint or fingerprint(self.model),
         }
@@ -283,11 +249,11 @@ class RoutedModel:
         if router is None and saved.made.name is None:
             router = imported(saved, folder, trust_router)
         elif router is None:
-            router = _router(
+            router = router_of(
                 str(saved.made.name), saved.experts, library=saved.library, **saved.made.options
             )
         if base_model is None:
-            base_model = _load(saved.base["model_id"], saved.base["revision"])
+            base_model = load_base(saved.base["model_id"], saved.base["revision"])
         base = base_of(base_model)
         check_base(saved, base, base.fingerprint or fingerprint(base.model))
         if saved.state:
@@ -308,7 +274,7 @@ class RoutedModel:
                 cache that a call before has returned, the rows still have theirs.
             kwargs: to the base model.
         """
-        with self._scoped(**_named(task_names)):
+        with self._scoped(**named_tasks(task_names)):
             return self.model(*args, **kwargs)
 
     forward = __call__
@@ -329,7 +295,7 @@ class RoutedModel:
         if isinstance(kwargs.get("assistant_model"), RoutedModel):
             kwargs["assistant_model"] = kwargs["assistant_model"].model
         set_call(self._hooks, None)  # one that was interrupted may be left
-        with self._scoped(generation=generation, **_named(task_names)):
+        with self._scoped(generation=generation, **named_tasks(task_names)):
             return self.model.generate(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -371,143 +337,6 @@ class RoutedModel:
 
     gradient_checkpointing_enable = activation_checkpointing_enable  # its older name
 
-    # What holds inside a block, in this thread.
-
-    @contextmanager
-    def tasks(self, names: TaskNames) -> Iterator[Self]:
-        """Name the tasks of the rows for all calls inside, in this thread.
-
-        Args:
-            names: one task for every row, or one a row, None for a row without one.
-        """
-        with self._scoped(**_named(names)):
-            yield self
-
-    @contextmanager
-    def without(self, *names: str) -> Iterator[Self]:
-        """Some experts switched off for all calls inside, in this thread; blocks may be nested."""
-        known = self._hooks.roster.known(names)
-        with self._scoped(without=scope_of(self._hooks).without | known):
-            yield self
-
-    @contextmanager
-    def only(self, *names: str) -> Iterator[Self]:
-        """All other experts switched off for all calls inside, in this thread."""
-        others = set(self.experts) - self._hooks.roster.known(names)
-        with self.without(*others):
-            yield self
-
-    @contextmanager
-    def bare(self) -> Iterator[Self]:
-        """The base alone for all calls inside, in this thread."""
-        with self._scoped(bare=True):
-            yield self
-
-    @contextmanager
-    def trace(self) -> Iterator[Trace]:
-        """Record every expert's weight for every token and layer of the calls inside.
-
-        Gives the :class:`~mttl_routing.Trace`, which is there after the block too. Outside of such
-        a block nothing is recorded, and nothing is spent.
-        """
-        from mttl_routing.trace import Trace
-
-        made = Trace()
-        with self._scoped(trace=made):
-            yield made
-
-    # The experts, which may change.
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """Names of the experts in the order of the gates' columns: sorted, then as added."""
-        return self._hooks.roster.names
-
-    @property
-    def enabled(self) -> tuple[str, ...]:
-        """Names of the experts that are not switched off by :meth:`disable`."""
-        roster = self._hooks.roster
-        return tuple(name for name in roster.names if name not in roster.disabled)
-
-    def disable(self, *names: str) -> None:
-        """Switch experts off: no token is sent to them until :meth:`enable`."""
-        with self._changing:
-            roster = self._hooks.roster
-            self._hooks.roster = roster.switched(roster.disabled | roster.known(names))
-
-    def enable(self, *names: str) -> None:
-        """Switch experts on again; without a name, all of them."""
-        with self._changing:
-            roster = self._hooks.roster
-            on = roster.known(names) if names else roster.disabled
-            self._hooks.roster = roster.switched(roster.disabled - on)
-
-    def add_expert(self, expert: Expert) -> None:
-        """Take in one more expert, in the last column. The others are not touched.
-
-        Raises:
-            IncompatibleExpertError: it is for another base, or does not fit this one.
-            ValueError: there is one of its name, or the router cannot take in another.
-        """
-        if expert.name in self.experts:
-            raise ValueError(
-                f"this routed model has an expert {expert.name!r} already; use replace_expert"
-            )
-        self._change(expert, lambda roster: roster.added(expert, self._dtype))
-
-    def replace_expert(self, expert: Expert) -> None:
-        """Put an expert in the place of that of its name; as :meth:`add_expert`."""
-        self._hooks.roster.known([expert.name])
-        self._change(expert, lambda roster: roster.replaced(expert, self._dtype))
-
-    def remove_expert(self, name: str) -> None:
-        """Let an expert go. The others are not touched; later columns move up by one."""
-        with self._changing:
-            roster = self._hooks.roster
-            roster.known([name])
-            if len(roster.names) == 1:
-                raise ValueError(
-                    f"{name!r} is the only expert of this routed model; call remove() to be left "
-                    "with the base"
-                )
-            self._hooks.roster = roster.removed(name)
-            if isinstance(self.router, FollowsExperts):
-                self.router.follow((), (name,))
-
-    def remove(self) -> None:
-        """Take the hooks off the base, which is then what it was before; once is enough."""
-        if self._hooks.attached:
-            _ROUTED.discard(self.model)
-        self._hooks.detach()
-
-    def __enter__(self) -> Self:
-        """Itself; the end of the block removes it from the base."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Take the hooks off the base."""
-        self.remove()
-
-    @property
-    def router(self) -> Any:
-        """What chooses."""
-        return self._hooks.router
-
-    @property
-    def combine(self) -> str:
-        """``after`` or ``before``."""
-        return self._hooks.combine
-
-    @property
-    def granularity(self) -> str:
-        """Which layers share a decision: ``layer``, ``block`` or ``model``."""
-        return self._hooks.granularity
-
     def __getattr__(self, name: str) -> Any:
         """The base model's attribute."""
         if name in _NOT_DELEGATED:
@@ -529,33 +358,6 @@ class RoutedModel:
             f"combine={self.combine!r}{shared}{'' if self._hooks.attached else ', removed'})"
         )
 
-    @contextmanager
-    def _scoped(self, **changes: Any) -> Iterator[Scope]:
-        with scoped(self._hooks, replace(scope_of(self._hooks), **changes)) as scope:
-            yield scope
-
-    def _change(self, expert: Expert, change: Any) -> None:
-        with self._changing:
-            old = self._hooks.roster
-            check_one_base([*old.experts, expert], strict=self._strict)
-            points = attachment_points(
-                self._base, [expert], factors_by_module([expert]), strict=self._strict
-            )
-            roster = change(old)
-            self._check_combined(roster)
-            if isinstance(self.router, FollowsExperts):
-                removed = (expert.name,) if expert.name in old.names else ()
-                self.router.follow((expert,), removed)
-            self._hooks.roster = roster
-            if self._hooks.attached:
-                self._hooks.attach_layers(points)
-
-    def _check_combined(self, roster: Roster) -> None:
-        """Refuse ranks that cannot be averaged now, not at the first token."""
-        if self.combine == "before":
-            for bank in roster.banks.values():
-                bank.apply_before(torch.zeros(0, bank.in_features), torch.zeros(0, len(bank)))
-
 
 @contextmanager
 def apply_expert(
@@ -566,34 +368,3 @@ def apply_expert(
         [expert], "uniform", base_model=base_model, strict=strict
     ) as routed:
         yield routed
-
-
-def _known_base(experts: Sequence[Expert]) -> tuple[str | None, str | None]:
-    """Id and revision of the base that the experts were made for, as far as they say."""
-    infos = [expert.expert_info for expert in experts if expert.expert_info.expert_model]
-    return (infos[0].expert_model, infos[0].model_revision) if infos else (None, None)
-
-
-def _load(model_id: str | None, revision: str | None) -> BaseModel:
-    from mttl_adapters import load_base_model
-
-    if model_id is None:
-        raise ValueError(
-            "none of these experts says which base model it is for; give base_model=..."
-        )
-    return load_base_model(model_id, revision=revision)
-
-
-def _router(router: str | AnyRouter, experts: Sequence[Expert], **options: Any) -> AnyRouter:
-    """A router by name, built with these :class:`RouterOptions`; an object as it is."""
-    if not isinstance(router, str):
-        return router
-    if router not in ROUTERS:
-        raise ValueError(f"no router {router!r}; there are {', '.join(map(repr, ROUTERS))}")
-    return ROUTERS[router].build(experts, RouterOptions(**options))
-
-
-def _named(names: TaskNames | None) -> dict[str, Tasks]:
-    if names is None:
-        return {}
-    return {"tasks": names if isinstance(names, str) else tuple(names)}
