@@ -9,7 +9,8 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from mttl_adapters.checkpoint import load_checkpoint, save_checkpoint
 from mttl_adapters.errors import CheckpointWarning, DivergedError
 from mttl_adapters.kinds import lora_config
-from mttl_adapters.training import mean_loss, train_adapter
+from mttl_adapters.loop import mean_loss
+from mttl_adapters.training import train_adapter
 from mttl_adapters.training_config import TrainingConfig
 
 FAST = TrainingConfig(learning_rate=1e-2)
@@ -131,7 +132,7 @@ def test_a_disk_that_fills_up_ends_no_training(model, batches, tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     whole = train(model, batches(4))
-    monkeypatch.setattr("mttl_adapters.training.save_checkpoint", full)
+    monkeypatch.setattr("mttl_adapters.loop.save_checkpoint", full)
     with pytest.warns(CheckpointWarning, match="No space left on device.*training goes on"):
         trained = train(
             model, batches(4), checkpoint=tmp_path / "c.safetensors", checkpoint_seconds=-1.0

@@ -13,10 +13,11 @@ from mttl_adapters.errors import (
     EmbeddedModelError,
 )
 from mttl_adapters.kinds import linear_layers, lora_config
+from mttl_adapters.loop import Objective, mean_loss, train_parameters
 from mttl_adapters.losses import labelled_loss, linear_cross_entropy
 from mttl_adapters.scores import Keys, TopK, top_k
-from mttl_adapters.training import mean_loss, train_adapter
-from mttl_adapters.training_config import TrainedAdapter, TrainingConfig
+from mttl_adapters.training import train_adapter
+from mttl_adapters.training_config import TrainedAdapter, TrainingConfig, TrainingReport
 
 __all__ = [
     "EMBEDDED_ID",
@@ -30,9 +31,11 @@ __all__ = [
     "DivergedError",
     "EmbeddedModelError",
     "Keys",
+    "Objective",
     "TopK",
     "TrainedAdapter",
     "TrainingConfig",
+    "TrainingReport",
     "fingerprint",
     "labelled_loss",
     "linear_cross_entropy",
@@ -42,4 +45,5 @@ __all__ = [
     "mean_loss",
     "top_k",
     "train_adapter",
+    "train_parameters",
 ]

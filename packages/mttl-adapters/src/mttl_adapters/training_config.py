@@ -1,4 +1,4 @@
-"""What a training of one adapter is told, and what it gives back."""
+"""What a training is told, and what it gives back."""
 
 from __future__ import annotations
 
@@ -46,14 +46,12 @@ class TrainingConfig:
                 raise ValueError(f"{name} is {value!r}; it must be at least 1")
 
 
-@dataclass(frozen=True)
-class TrainedAdapter:
-    """What training gives back.
+@dataclass(frozen=True, kw_only=True)
+class TrainingReport:
+    """What a training says of itself.
 
     Attributes:
-        weights: adapter tensors under their PEFT names, on the CPU.
-        config: the PEFT adapter config as plain data.
-        step: the step whose weights these are.
+        step: the step whose weights were kept.
         train_loss: mean loss per labelled token over the last tenth of the steps, in nats.
         validation_loss: of these weights, in nats per labelled token; None without validation.
         examples: rows trained on, repeats counted.
@@ -62,8 +60,6 @@ class TrainedAdapter:
         resumed_from: step of the checkpoint that training went on from, or 0.
     """
 
-    weights: dict[str, Tensor]
-    config: dict[str, Any]
     step: int
     train_loss: float
     validation_loss: float | None
@@ -71,3 +67,16 @@ class TrainedAdapter:
     tokens: int
     seconds: float
     resumed_from: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedAdapter(TrainingReport):
+    """What training an adapter gives back.
+
+    Attributes:
+        weights: adapter tensors under their PEFT names, on the CPU.
+        config: the PEFT adapter config as plain data.
+    """
+
+    weights: dict[str, Tensor]
+    config: dict[str, Any]
