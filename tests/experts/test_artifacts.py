@@ -1,4 +1,5 @@
 import json
+import weakref
 
 import pytest
 import torch
@@ -121,6 +122,22 @@ def test_what_many_experts_lack_is_made_and_kept_by_one_commit(filled):
     with filled.batch():
         filled.artifacts.put_each([(filled["a"], [1]), (filled["b"], [2])], {"kind": "y"})
     assert filled.generation == before + 2
+
+
+def test_values_of_many_experts_lie_in_the_library_and_not_in_memory(filled):
+    held = []
+
+    def make(expert):
+        held.append(weakref.ref(next(iter(expert.expert_weights.values()))))
+        return {"x": torch.ones(2)}
+
+    experts = list(filled.values())
+    values = filled.artifacts.get_or_make_each(experts, RECIPE, make)
+    assert [ref() for ref in held] == [None] * 3
+    assert {repr(each.expert_weights) for each in experts} == {"LazyTensors(not read yet)"}
+    again = filled.artifacts.get_or_make_each(experts, RECIPE, make)
+    assert {repr(value) for value in (*values, *again)} == {"LazyTensors(not read yet)"}
+    assert len(held) == 3
 
 
 def test_what_another_made_meanwhile_does_not_lose_what_this_one_made(filled):

@@ -139,6 +139,9 @@ from .spectral import (
 from .spectral import (
     spectral_forms as spectral_forms,
 )
+from .tensors import (
+    unread as unread,
+)
 
 __all__ = [
     "Artifact",
@@ -188,4 +191,5 @@ __all__ = [
     "recipe_of",
     "spectral_form",
     "spectral_forms",
+    "unread",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from mttl_experts.errors import UnsupportedAdapterError
 from mttl_experts.expert import Expert
 from mttl_experts.plain import canonical_json, plain, recipe_digest
-from mttl_experts.tensors import LazyTensors, to_safetensors
+from mttl_experts.tensors import LazyTensors, to_safetensors, unread
 from mttl_storage import (
     Conflict,
     Corrupt,
@@ -41,6 +41,8 @@ TENSORS_FILE = "data.safetensors"
 JSON_FILE = "data.json"
 # Plain data up to this many bytes lies in the log, so that a table of scores is one read.
 INLINE = 4096
+# So many values are made before they are kept.
+_TOGETHER = 100
 # How often to put again what others were faster with, in part.
 _ATTEMPTS = 3
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -141,24 +143,25 @@ class Artifacts:
     def get_or_make_each(
         self, experts: Sequence[Expert], recipe: Any, make: Callable[[Expert], Value]
     ) -> list[Value]:
-        """The value of each expert, those that are missing made first and kept by one commit.
+        """The value of each expert, those that are missing made first and kept.
 
-        Where the library cannot be written, the values are still given.
+        No more than a hundred values are in memory at a time, and those are kept by one commit:
+        tensors come back as :meth:`get` gives them. Where the library cannot be written, the
+        values are still given.
 
         Args:
             experts: one value each.
             recipe: how all of them are made.
-            make: computes the value of one expert.
+            make: computes the value of one expert, which it is given as :meth:`Expert.unread`.
         """
         digests = [digests_of(each) for each in experts]
         values = self._get_each(digests, recipe)
+        own = zip(digests, values, experts, strict=True)
+        missing = {digest: expert for (digest,), value, expert in own if value is None}
         made: dict[str, Value] = {}
-        for (digest,), value, expert in zip(digests, values, experts, strict=True):
-            if value is None and digest not in made:
-                made[digest] = make(expert)
-        # The values are what was asked for; keeping them is a courtesy.
-        with suppress(Conflict, ReadOnly, Denied, StorageFull):
-            self._keep(made, recipe)
+        for start in range(0, len(missing), _TOGETHER):
+            some = list(missing.items())[start : start + _TOGETHER]
+            made |= self._kept({digest: make(expert.unread()) for digest, expert in some}, recipe)
         return [
             made[digest] if value is None else value
             for (digest,), value in zip(digests, values, strict=True)
@@ -210,6 +213,14 @@ class Artifacts:
         else:
             writer.add(name, files, info)
 
+    def _kept(self, made: dict[str, Value], recipe: Any) -> dict[str, Value]:
+        """What was made, by expert digest: where it could be kept, as it lies in the library."""
+        # The values are what was asked for; keeping them is a courtesy.
+        with suppress(Conflict, ReadOnly, Denied, StorageFull):
+            self._keep(made, recipe)
+        kept = {digest: self.get([digest], recipe) for digest in made}
+        return {d: kept[d] if isinstance(kept[d], LazyTensors) else v for d, v in made.items()}
+
     def _keep(self, made: Mapping[str, Value], recipe: Any) -> None:
         """Put what was made, by expert digest; what others put meanwhile is left as it is."""
         for attempt in range(_ATTEMPTS):
@@ -233,7 +244,8 @@ class Artifacts:
     def _get_each(self, digests: Sequence[list[str]], recipe: Any) -> list[Value]:
         found = [self._find(each, recipe) for each in digests]
         values = [None if item is None else self._value(item) for item in found]
-        in_parallel(len, [value for value in values if isinstance(value, LazyTensors)])
+        tensors = [value for value in values if isinstance(value, LazyTensors)]
+        in_parallel(lambda each: len(unread(each)), tensors)
         return values
 
     def _find(self, digests: list[str], recipe: Any) -> Item | None:

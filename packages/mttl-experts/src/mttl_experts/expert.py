@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from mttl_experts.plain import plain
-from mttl_experts.tensors import to_safetensors
+from mttl_experts.tensors import to_safetensors, unread
 from mttl_storage import FileEntry, content_digest
 
 FORMAT = 1
@@ -282,6 +282,15 @@ class Expert:
                 for file, content in self.files().items()
             }
         )
+
+    def unread(self) -> Expert:
+        """The same expert, its weights to be read again where a library keeps them.
+
+        Who goes through many experts one by one, and looks at each so, holds one at a time.
+        """
+        if self._digest is None or self.expert_weights is None:
+            return self
+        return stored_expert(self.expert_info, unread(self.expert_weights), self._digest)
 
     def files(self) -> dict[str, bytes]:
         """The PEFT folder it is kept as: file name to bytes; empty while it has no weights.

@@ -124,3 +124,12 @@ class LazyTensors(Mapping[str, Tensor]):
     def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[dict[str, Tensor]]]:
         """Pickled as a plain dict, so that another process needs no open library."""
         return (dict, (dict(self._all()),))
+
+    def unread(self) -> LazyTensors:
+        """The same tensors, not fetched yet."""
+        return LazyTensors(self._fetch)
+
+
+def unread(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same tensors, to be read again where a library keeps them; others as they are."""
+    return tensors.unread() if isinstance(tensors, LazyTensors) else tensors
