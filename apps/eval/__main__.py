@@ -72,8 +72,8 @@ TRAIN_KEYS = [
 @click.option(
     "--router-rows",
     type=click.IntRange(min=1),
-    help="Training rows of each expert that centroid, phatgoose, predictor, lorauter and retrieval "
-    "learn from. [default: 64]",
+    help="Training rows of each expert that centroid, phatgoose, seqr, predictor, lorauter and "
+    "retrieval learn from. [default: 64]",
 )
 @click.option("--rank", type=click.IntRange(min=1), help="Cut the merged expert to this rank.")
 @click.option(

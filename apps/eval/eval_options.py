@@ -34,7 +34,7 @@ CHOOSERS = ("arrow", "spectr", "seqr", "phatgoose", "centroid", "avg_act")
 COUNTING = ("logo", "retrieval")
 # Routers that learn from rows of the experts' own data, those that are fitted on prompts of it, and
 # how many rows of each expert's by default.
-LEARNERS = ("phatgoose", "centroid", "avg_act")
+LEARNERS = ("phatgoose", "centroid", "avg_act", "seqr")
 FITTED = ("predictor", "lorauter", "retrieval")
 ROUTER_ROWS = 64
 # Settings that some merge methods have; the method's own defaults where not given.

@@ -70,6 +70,7 @@ def test_the_oracle_is_each_expert_on_its_own_task(library, evaluate):
         ("--route", "lorauter", "--router-rows", "6"),
         ("--route", "retrieval", "--top-k", "1", "--router-rows", "6"),
         ("--route", "logo", "--top-k", "1"),
+        ("--route", "seqr", "--top-k", "1", "--router-rows", "6"),
         ("-k", "merge_or_route=phatgoose", "router_rows=6"),
         ("-k", "merge_or_route=avg_act", "topk=1"),
         ("-k", "merge_or_route=arrow", "router_temp=0.5", "recompute_prototypes=True"),
@@ -84,13 +85,19 @@ def test_each_way_to_one_model_gives_scores(library, evaluate, args):
     assert all(0 <= row["model"] <= 1 for row in results()["tasks"])
 
 
+def test_seqr_is_calibrated_on_the_experts_own_rows(library, evaluate):
+    evaluate("--route", "seqr", "--router-rows", "6")
+    kinds = [entry.recipe["kind"] for entry in library.refresh().artifacts.entries()]
+    assert kinds.count("norm-calibration") == 2
+
+
 @pytest.mark.parametrize(
     ("way", "says"),
     [
         (("--merge", "uniform", "--top-k", "2"), "--top-k is for --route arrow, spectr"),
         (
             ("--route", "arrow", "--router-rows", "2"),
-            "is for --route phatgoose, centroid, predictor, lorauter, retrieval; arrow",
+            "is for --route phatgoose, centroid, seqr, predictor, lorauter, retrieval; arrow",
         ),
         (
             ("--route", "oracle", "-k", "router_temp=2"),
