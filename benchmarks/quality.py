@@ -2,16 +2,19 @@
 
     uv run apps/train --all
     uv run benchmarks/quality.py [--library L] [--ways "merge ties,route arrow"] [--write FILE]
+    uv run benchmarks/quality.py --ways "route arrow --top-k 2" --routing-accuracy [--write FILE]
 
 Runs ``apps/eval`` once a way (every merge method that takes any number of experts, every router)
 and prints one JSON line each: the score of every task, their mean, and the mean of each score over
 that of the task's own expert. Scores are kept in the library, so a run that was stopped goes on.
-``--write`` puts the rows that there are into a markdown file, between its two marks.
+``--routing-accuracy``, and any other option of ``apps/eval``, goes to that; a row then has the
+share of tokens that each layer sends to their own task's expert most of all.
+``--write`` puts the rows that there are into a markdown file, between the two marks of a table.
 """
 
 import argparse
 import json
-import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +24,6 @@ from typing import Any
 from mttl_routing import MERGES, ROUTERS
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- table: benchmarks/quality.py -->", "<!-- end of table -->"
 # Takes two experts, or weights that only the caller knows; fixed needs to be told the expert.
 LEFT_OUT = {"slerp", "weighted", "task", "fixed"}
 
@@ -53,7 +55,7 @@ def evaluated(way: str, library: str, arguments: list[str]) -> dict[str, Any]:
         "mean": found["mean"]["model"],
         "of_experts": sum(shares) / len(shares),
         "tasks": {row["task"]: [row["base"], row["expert"], row["model"]] for row in tasks},
-    }
+    } | ({"routing": found["routing"]} if "routing" in found else {})
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -76,12 +78,42 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def accuracies(rows: list[dict[str, Any]]) -> str:
+    """Share of tokens sent most to their own expert, in markdown: over layers, and by kind."""
+    routed = sorted(
+        (row for row in rows if "routing" in row),
+        key=lambda row: -statistics.fmean(row["routing"].values()),
+    )
+    if not routed:
+        return ""
+    kinds = sorted({layer.rpartition(".")[2] for layer in routed[0]["routing"]})
+    lines = [["", "mean", "lowest layer", "highest layer", *kinds]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for row in routed:
+        shares = row["routing"]
+        of_kind = [[v for path, v in shares.items() if path.endswith(f".{k}")] for k in kinds]
+        figures = [statistics.fmean(shares.values()), min(shares.values()), max(shares.values())]
+        figures += [statistics.fmean(some) for some in of_kind]
+        lines.append([f"`{row['way']}`", *(f"{100 * figure:.1f}" for figure in figures)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def written(text: str, name: str, table: str) -> str:
+    """A markdown text with a table between the marks of its name."""
+    begin, end = f"<!-- table: {name} -->", "<!-- end of table -->"
+    if begin not in text:
+        sys.exit(f"--write: the file has no line {begin!r} to put the table under")
+    before, _, after = text.partition(begin)
+    return f"{before}{begin}\n\n{table}\n{end}{after.partition(end)[2]}"
+
+
 def main() -> None:
     """Read the options, and evaluate one way after another."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", default="local://mttldata/library")
     parser.add_argument("--ways", help="Comma list, each with its options. [default: all]")
     parser.add_argument("--write", type=Path, help="Markdown file with the two marks.")
+    parser.add_argument("--table", default="quality", help="Name of the table in its marks.")
     options, arguments = parser.parse_known_args()
     chosen = [way.strip() for way in options.ways.split(",")] if options.ways else ways()
     rows = []
@@ -89,9 +121,10 @@ def main() -> None:
         rows.append(evaluated(way, options.library, arguments))
         print(json.dumps(rows[-1]), flush=True)
         if options.write is not None:
-            text = options.write.read_text()
-            inside = f"{BEGIN}\n\n{table(rows)}\n{END}"
-            options.write.write_text(re.sub(f"{BEGIN}.*{END}", inside, text, flags=re.DOTALL))
+            text = written(options.write.read_text(), options.table, table(rows))
+            if "--routing-accuracy" in arguments:
+                text = written(text, f"{options.table}, routing", accuracies(rows))
+            options.write.write_text(text)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,11 @@ TRAIN_KEYS = [
     type=click.Choice(["auto", "bf16", "16", "32"]),
     help="Number format of the base.",
 )
+@click.option(
+    "--routing-accuracy",
+    is_flag=True,
+    help="Also tell, layer by layer, what share of a task's tokens is sent to its own expert most.",
+)
 @click.option("--recompute", is_flag=True, help="Measure again what the library has scores of.")
 @click.option("--strict", is_flag=True, help="Refuse a base whose weights or tokenizer differ.")
 def main(**options: Any) -> None:

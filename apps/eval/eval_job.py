@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 from eval_options import FITTED, LEARNERS, EvalOptions
+from eval_routing import in_words, over_tasks, routing_accuracy
 from rich.table import Table
 
 from mttl_adapters import (
@@ -72,6 +73,9 @@ def run(options: EvalOptions) -> None:
     means = {column: mean(row[column] for row in rows if row["in_mean"]) for column in COLUMNS}
     console().print(_table(evaluation.title, rows, means))
     path = options.output / "results.json"
+    routing = over_tasks(rows) if options.routing_accuracy and options.in_distribution else None
+    if routing:
+        say(in_words(routing))
     write_json(
         path,
         {
@@ -83,7 +87,8 @@ def run(options: EvalOptions) -> None:
             "model": evaluation.base.model_id,
             "tasks": rows,
             "mean": means,
-        },
+        }
+        | ({"routing": routing} if routing else {}),
     )
     say(f"results in {path}")
 
@@ -137,7 +142,7 @@ class Evaluation:
             model = self.scoring.score(
                 asked, self.title, self._mixture(task), self.experts, self.options.method
             )
-        return {
+        row = {
             "task": task,
             "metric": model.metric,
             "n": model.n,
@@ -148,6 +153,12 @@ class Evaluation:
             "ci95": model.ci95,
             "in_mean": True,
         }
+        if self.options.routing_accuracy:
+            names = [each.name for each in self.library.get_experts_for_task(task)]
+            with self._mixture(task) as routed:
+                rows = self._written(expert, asked.rows)
+                row["routing"] = routing_accuracy(routed, rows, names)
+        return row
 
     def benchmarks(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Scores on lm-evaluation-harness's tasks, a row for each and each of its metrics."""
@@ -229,7 +240,11 @@ class Evaluation:
         return found
 
     def _batches(self, expert: Expert) -> Batches:
-        """The rows of an expert that a router learns from, written as it was trained on them."""
+        """The rows of an expert that a router learns from."""
+        return self._written(expert, self._router_rows(expert))
+
+    def _written(self, expert: Expert, rows: Sequence[Row]) -> Batches:
+        """Rows with their answers, as the expert was trained on such."""
         options, trained = self.options, expert.expert_info.training_config or {}
         writer = PromptWriter(
             self.base.tokenizer,
@@ -238,7 +253,7 @@ class Evaluation:
             max_output_length=options.max_output_length or trained.get("max_output_length"),
         )
         return Batches(
-            writer.examples(self._router_rows(expert)),
+            writer.examples(rows),
             min(options.batch_size, ROUTER_BATCH),
             pad_id=self.base.tokenizer.pad_token_id,
         )

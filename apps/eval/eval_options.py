@@ -73,6 +73,7 @@ class EvalOptions:
     task_source: tuple[str, ...]
     template_type: tuple[str, ...]
     precision: str
+    routing_accuracy: bool
     recompute: bool
     strict: bool
 
@@ -140,6 +141,8 @@ def check(**options: Any) -> EvalOptions:
     options["merge_options"] = key_values(options["merge_options"])
     if options["merge"] == "weighted" and not options["weights"]:
         raise click.UsageError("--merge weighted takes --weights NAME=NUMBER,NAME=NUMBER")
+    if options["routing_accuracy"] and not options["route"]:
+        raise click.UsageError("--routing-accuracy is for --route, on the experts' own tasks")
     if options["merge_options"] and not options["merge"]:
         raise click.UsageError("--option is for --merge")
     for name in ("rank", "weights", *MERGING):

@@ -113,6 +113,20 @@ def test_a_setting_that_nothing_uses_is_said_to_be_so(library, evaluate, way, sa
     assert " is for --route" not in evaluate("--route", "arrow", "--top-k", "2").output
 
 
+def test_routing_accuracy_is_told_by_layer(library, evaluate):
+    outcome = evaluate("--route", "oracle", "--routing-accuracy", "--test-rows", "4")
+    assert outcome.exit_code == 0, outcome.output
+    assert "100.0 % in the mean of " in " ".join(outcome.output.split())
+    assert set(results()["routing"].values()) == {1.0}
+    evaluate("--route", "arrow", "--top-k", "1", "--routing-accuracy", "--test-rows", "4")
+    found, tasks = results()["routing"], results()["tasks"]
+    assert all(0 < share < 1 for share in found.values())
+    for layer, share in found.items():
+        assert share == pytest.approx(sum(row["routing"][layer] for row in tasks) / 2)
+    outcome = evaluate("--merge", "uniform", "--routing-accuracy")
+    assert "--routing-accuracy is for --route" in outcome.output
+
+
 def test_an_output_that_cannot_be_written_is_found_before_scoring(library, evaluate):
     Path("file").write_text("in the way")
     generation = library.generation

@@ -189,6 +189,8 @@ def test_a_trace_has_every_weight_of_every_token_that_counts(base, mixed_experts
     assert {round(weight, 5) for weight in table["weight"]} == {0.33333, 0.66667}
     for share in trace.shares().values():
         assert share == pytest.approx({"anna": 1 / 3, "bert": 0, "cleo": 2 / 3, "dora-the-name": 0})
+    for best in trace.best().values():
+        assert best == {"anna": 0, "bert": 0, "cleo": 1, "dora-the-name": 0}
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     trace.save(tmp_path / "trace.parquet")
     read = parquet.read_table(tmp_path / "trace.parquet").to_pydict()
@@ -209,6 +211,25 @@ def test_a_trace_of_a_generation_has_what_was_decided_for_the_rows(base, mixed_e
     assert set(table["call"]) == {0, 1, 2}
     of_row = dict(zip(table["row"], table["expert"], strict=True))
     assert of_row == {0: "bert", 1: "bert", 2: "anna", 3: "anna"}
+
+
+def test_experts_of_one_weight_share_a_token_and_nobody_has_one_that_the_base_keeps(
+    base, mixed_experts, tokens
+):
+    class Halves:
+        """Every other token to two experts alike, the rest to none."""
+
+        def gates(self, x, layer, rows):
+            even = torch.arange(len(x)).unsqueeze(1) % 2 == 0
+            return torch.tensor([[0.5, 0.5, 0.0, 0.0]]) * even
+
+    with (
+        RoutedModel.from_experts(mixed_experts, Halves(), base_model=base) as routed,
+        routed.trace() as trace,
+    ):
+        logits_of(routed, tokens[:, :8])
+    for best in trace.best().values():
+        assert best == {"anna": 0.25, "bert": 0.25, "cleo": 0, "dora-the-name": 0}
 
 
 def test_a_router_fitted_to_data_is_to_be_given_again(base, mixed_experts, tokens, tmp_path):

@@ -6,7 +6,7 @@ out to one line a weight when it is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -85,20 +85,19 @@ class Trace:
 
     def shares(self) -> dict[str, dict[str, float]]:
         """Mean weight of each expert over the tokens of each layer, by layer and expert name."""
-        sums: dict[str, dict[str, float]] = {}
-        tokens: dict[str, int] = {}
-        for record in self._records:
-            dense = record.chosen.dense(len(record.experts)).double()
-            if record.mask is not None:
-                dense = dense[record.mask.flatten()]
-            tokens[record.layer] = tokens.get(record.layer, 0) + dense.shape[0]
-            layer = sums.setdefault(record.layer, {})
-            for name, weight in zip(record.experts, dense.sum(dim=0).tolist(), strict=True):
-                layer[name] = layer.get(name, 0.0) + weight
-        return {
-            layer: {name: weight / max(1, tokens[layer]) for name, weight in of_layer.items()}
-            for layer, of_layer in sums.items()
-        }
+        return self._means(lambda weights: weights)
+
+    def best(self) -> dict[str, dict[str, float]]:
+        """Share of each layer's tokens whose highest weight each expert has, by layer and name.
+
+        Experts of equal weight share the token; one that none is sent to is nobody's.
+        """
+
+        def won(weights: Tensor) -> Tensor:
+            first = (weights == weights.amax(1, keepdim=True)) & (weights > 0)
+            return first / first.sum(1, keepdim=True).clamp_min(1)
+
+        return self._means(won)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write all lines to a parquet file; needs pyarrow, as in ``mttl-routing[trace]``."""
@@ -117,6 +116,23 @@ class Trace:
             ]
         )
         parquet.write_table(pyarrow.table(self.table(), schema=schema), path)
+
+    def _means(self, of: Callable[[Tensor], Tensor]) -> dict[str, dict[str, float]]:
+        """Means over each layer's tokens of a function (t, e) of the weights (t, e)."""
+        sums: dict[str, dict[str, float]] = {}
+        tokens: dict[str, int] = {}
+        for record in self._records:
+            dense = record.chosen.dense(len(record.experts)).double()
+            if record.mask is not None:
+                dense = dense[record.mask.flatten()]
+            tokens[record.layer] = tokens.get(record.layer, 0) + dense.shape[0]
+            layer = sums.setdefault(record.layer, {})
+            for name, value in zip(record.experts, of(dense).sum(dim=0).tolist(), strict=True):
+                layer[name] = layer.get(name, 0.0) + value
+        return {
+            layer: {name: value / max(1, tokens[layer]) for name, value in of_layer.items()}
+            for layer, of_layer in sums.items()
+        }
 
     def _lines(self) -> Iterator[tuple[_Record, Tensor, Tensor]]:
         """Each record with its weights' tokens, and their places among all of the record's."""
