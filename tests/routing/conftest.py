@@ -4,9 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from mttl_adapters import BaseModel
 from mttl_experts import Expert, ExpertInfo
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 32, 48, 16, 61
@@ -49,6 +56,28 @@ def base() -> PreTrainedModel:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+TEXT = "add sum two numbers sort letters words of the list name country capital one big"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One word a token, for all of ``base``'s ids."""
+    words = TEXT.split()
+    words += [f"w{n}" for n in range(2 + len(words), VOCABULARY - 1)]
+    vocabulary = {"<pad>": 0, "<s>": 1} | {word: 2 + n for n, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary | {"<unk>": VOCABULARY - 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def loaded(base, tokenizer) -> BaseModel:
+    """The tiny Llama as ``load_base_model`` would give it."""
+    return BaseModel(base, tokenizer, BASE_ID, None, "f" * 64, "t" * 64, None)
 
 
 MakeExpert = Callable[..., Expert]

@@ -204,3 +204,83 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(base, mixed_experts, m
         with pytest.raises(ValueError, match="one rank"):
             routed.add_expert(make_expert("two", rank=3))
         assert routed.experts == ("one",)
+
+
+EXAMPLES = {
+    "anna": ["add the two numbers", "sum of two numbers"],
+    "bert": ["sort the letters", "sort the words of the list"],
+    "cleo": ["name the capital", "name the country of the capital"],
+}
+PROMPTS = ["add two numbers", "sort the letters", "name one capital"]
+
+
+@pytest.fixture
+def fitted(mixed_experts, loaded):
+    """Routes the experts of EXAMPLES by their prompts."""
+
+    def make(router, experts=mixed_experts[:3], examples=EXAMPLES):
+        options = {"then": "arrow"} if router == "retrieval, then arrow" else {}
+        return RoutedModel.from_experts(
+            experts, router.partition(",")[0], 1, base_model=loaded, examples=examples, **options
+        )
+
+    return make
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    """Three rows of one length."""
+    return torch.tensor([tokenizer(text)["input_ids"] for text in PROMPTS])
+
+
+@pytest.mark.parametrize("router", ["predictor", "lorauter", "retrieval", "retrieval, then arrow"])
+def test_a_router_of_prompts_forgets_an_expert_that_went_and_refuses_one_unknown(
+    fitted, mixed_experts, make_expert, prompts, router
+):
+    rest = {name: EXAMPLES[name] for name in ("anna", "cleo")}
+    with fitted(router, mixed_experts[0:3:2], rest) as routed:
+        expected = logits_of(routed, prompts)
+    with fitted(router) as routed:
+        whole = logits_of(routed, prompts)
+        with pytest.raises(ValueError, match=r"'evan'.*make the routed model anew, with"):
+            routed.add_expert(make_expert("evan"))
+        assert torch.equal(logits_of(routed, prompts), whole)
+        routed.remove_expert("bert")
+        if router != "predictor":  # its weights of words depend on all examples
+            torch.testing.assert_close(logits_of(routed, prompts), expected, **CLOSE)
+        with pytest.raises(ValueError, match=r"'evan'"):
+            routed.add_expert(make_expert("evan"))
+        assert "bert" not in routed.experts
+        if router != "lorauter":  # there it is the task that has examples, not the expert
+            with pytest.raises(ValueError, match="needs examples of expert 'bert'"):
+                routed.add_expert(mixed_experts[1])
+            with pytest.raises(ValueError, match="needs examples of expert 'anna'"):
+                routed.replace_expert(make_expert("anna", seed=9))
+
+
+def test_lorauter_takes_up_an_expert_of_a_task_that_it_knows(
+    fitted, mixed_experts, make_expert, prompts
+):
+    anna, bert, cleo, _ = mixed_experts
+    evan, other = make_expert("evan", task=("bert", "unknown")), make_expert("cleo", task="anna")
+    with fitted("lorauter", [anna, bert, other, evan], dict(list(EXAMPLES.items())[:2])) as routed:
+        expected = logits_of(routed, prompts)
+    with fitted("lorauter") as routed:
+        before = logits_of(routed, prompts)
+        routed.add_expert(evan)
+        added = logits_of(routed, prompts)
+        assert not torch.allclose(added, before, atol=1e-3)
+        routed.replace_expert(other)  # now nobody serves cleo
+        torch.testing.assert_close(logits_of(routed, prompts), expected, **CLOSE)
+        routed.replace_expert(cleo)
+        torch.testing.assert_close(logits_of(routed, prompts), added, **CLOSE)
+        routed.remove_expert("evan")
+        torch.testing.assert_close(logits_of(routed, prompts), before, **CLOSE)
+
+
+def test_what_follows_retrieval_is_a_router_for_tokens(mixed_experts, loaded):
+    for name, says in {"arow": "no router 'arow'", "logo": "'logo' decides for whole rows"}.items():
+        with pytest.raises(ValueError, match=says):
+            RoutedModel.from_experts(
+                mixed_experts, "retrieval", base_model=loaded, examples=EXAMPLES, then=name
+            )

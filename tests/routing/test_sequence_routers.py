@@ -12,12 +12,9 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import PreTrainedTokenizerFast
 
-from mttl_adapters import BaseModel
 from mttl_adapters.bank import Bank
 from mttl_experts import ExpertLibrary, lora_modules
 from mttl_routing import RoutedModel, apply_expert
@@ -32,23 +29,7 @@ from mttl_routing.routers.predictor import Predictor
 from mttl_routing.routers.retrieval import Retrieval, RetrievalThenTokens
 from mttl_routing.routers.words import Words
 
-WORDS = [
-    "add",
-    "sum",
-    "two",
-    "numbers",
-    "sort",
-    "letters",
-    "words",
-    "of",
-    "the",
-    "list",
-    "name",
-    "country",
-    "capital",
-    "one",
-    "big",
-]
+COUNTED = ("add", "sum", "sort", "letters", "name", "capital", "country", "numbers")
 NAMES = ("anna", "bert", "cleo", "dora-the-name")
 EXAMPLES = {
     "anna": ["add the two numbers", "sum of two numbers", "add one number"],
@@ -57,20 +38,9 @@ EXAMPLES = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": 0, "<s>": 1} | {word: 2 + i for i, word in enumerate(WORDS)}
-    backend = Tokenizer(models.WordLevel(vocabulary | {"<unk>": 60}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", unk_token="<unk>"
-    )
-
-
-@pytest.fixture(scope="module")
-def loaded(base, tokenizer) -> BaseModel:
-    """The tiny Llama as ``load_base_model`` would give it."""
-    return BaseModel(base, tokenizer, "tests/two-layer-llama", None, "f" * 64, "t" * 64, None)
+def counts(texts) -> Tensor:
+    """An encoder of one's own."""
+    return torch.tensor([[text.count(word) for word in COUNTED] for text in texts]).float()
 
 
 @pytest.fixture
@@ -181,7 +151,7 @@ def test_predictor_gives_each_row_to_the_expert_of_its_examples(
     mixed_experts, loaded, ask, features, head
 ):
     if features == "encoder":
-        features = lambda texts: torch.tensor([[t.count(w) for w in WORDS] for t in texts]).float()  # noqa: E731
+        features = counts
     predictor = Predictor.fit(
         mixed_experts, EXAMPLES, features=features, head=head, base_model=loaded
     )
@@ -267,11 +237,8 @@ def test_what_is_fitted_is_kept_beside_the_experts_and_never_stale(
 
 
 def test_an_encoder_without_a_name_keeps_nothing_and_one_with_a_name_does(mixed_experts, tmp_path):
-    def encoder(texts):
-        return torch.tensor([[t.count(w) for w in WORDS] for t in texts]).float()
-
     library = ExpertLibrary(f"local://{tmp_path}", create=True)
-    for features, kept in [(encoder, 0), (TextEmbedding(encoder, "counts"), 3)]:
+    for features, kept in [(counts, 0), (TextEmbedding(counts, "counts"), 3)]:
         Predictor.fit(mixed_experts, EXAMPLES, features=features, library=library)
         assert len(library.refresh().artifacts.entries()) == kept
 

@@ -152,7 +152,7 @@ class RoutedModel(AttachedExperts):
             examples: prompts of each expert by its name (of each task, for ``lorauter``), as texts
                 or batches of token ids, for routers that are fitted on them.
             options: ``top_p``, ``threshold``, ``null`` as :class:`~mttl_routing.Choice` has them;
-                ``weights`` for ``fixed``.
+                ``weights`` for ``fixed``; ``then`` for ``retrieval``.
 
         Raises:
             IncompatibleExpertError: an expert is for another base, or does not fit this one.

@@ -88,6 +88,8 @@ class RouterOptions:
         batches: data of each expert, for routers that learn from it.
         examples: prompts of each expert, or of each task (``lorauter``), by its name, for routers
             that are fitted on them.
+        then: name of a router for tokens, or one, that shares each token among the experts that
+            ``retrieval`` found for its row; None is equal shares.
         base_model: what data and prompts are shown to.
         library: keeps what is derived from the experts and the data; None computes it anew.
     """
@@ -100,6 +102,7 @@ class RouterOptions:
     weights: str | Mapping[str, float] | None = None
     batches: Batches | None = None
     examples: Mapping[str, Iterable[Example]] | None = None
+    then: str | Router | None = None
     base_model: Any = None
     library: ExpertLibrary | None = None
 
@@ -170,7 +173,17 @@ def _logo(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
 
 
 def _retrieval(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
-    return Retrieval.fit(experts, **_fitting("retrieval", options), top_k=options.top_k)
+    fitting, tokens = _fitting("retrieval", options), options.then
+    if isinstance(tokens, str):
+        if tokens not in ROUTERS:
+            raise ValueError(f"no router {tokens!r}; there are {', '.join(map(repr, ROUTERS))}")
+        made = ROUTERS[tokens].build(experts, options)
+        if not isinstance(made, Router):
+            raise ValueError(
+                f"router {tokens!r} decides for whole rows; then= takes one for tokens"
+            )
+        tokens = made
+    return Retrieval.fit(experts, **fitting, top_k=options.top_k, tokens=tokens)
 
 
 def _fitting(name: str, options: RouterOptions) -> dict[str, Any]:

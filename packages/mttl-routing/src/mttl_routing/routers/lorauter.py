@@ -111,8 +111,8 @@ class Lorauter:
     def decide(self, prompt: Prompt) -> Tensor:
         """(b, e), the same for all tokens of a row and in every layer."""
         columns = {prompt.experts[column]: column for column in prompt.enabled}
-        tasks = self.nearest.names
-        able = [[columns[e] for e in self._experts[task] if e in columns] for task in tasks]
+        experts = self._experts  # one state, should another thread change the experts meanwhile
+        able = [[columns[e] for e in experts[t] if e in columns] for t in self.nearest.names]
         usable = [index for index, some in enumerate(able) if some]
         scores = self.nearest.scores(prompt)[:, usable]
         weights = shares(
@@ -122,3 +122,24 @@ class Lorauter:
         for place, index in enumerate(usable):
             gates[:, able[index]] += weights[:, place : place + 1] / len(able[index])
         return gates
+
+    def follow(self, added: Sequence[Expert], removed: Sequence[str]) -> None:
+        """Take up new experts of tasks that are known here, and forget those that went.
+
+        Raises:
+            ValueError: a new expert has no task that is known here.
+        """
+        gone = set(removed)
+        owners = {
+            task: tuple(name for name in names if name not in gone)
+            for task, names in self._experts.items()
+        }
+        for expert in added:
+            tasks = [task for task in expert.expert_info.tasks if task in owners]
+            if not tasks:
+                raise ValueError(
+                    f"expert {expert.name!r} was trained on {expert.expert_info.tasks!r}, and this "
+                    "Lorauter has examples of none of these; make the routed model anew, with some"
+                )
+            owners |= {task: (*owners[task], expert.name) for task in tasks}
+        self._experts = owners

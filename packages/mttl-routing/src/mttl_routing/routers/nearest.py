@@ -57,6 +57,22 @@ def named(experts: Iterable[Expert], names: Iterable[str]) -> dict[str, Expert]:
     return {name: by_name[name] for name in names}
 
 
+def remembered(
+    names: frozenset[str], router: object, added: Sequence[Expert], removed: Sequence[str]
+) -> frozenset[str]:
+    """Names that a router has examples of, after experts went; a new one is refused.
+
+    Raises:
+        ValueError: an expert came, also in the place of another, and nothing is known of it.
+    """
+    if added:
+        raise ValueError(
+            f"a {type(router).__name__} needs examples of expert {added[0].name!r} before it can "
+            "route to it; make the routed model anew, with its examples"
+        )
+    return names.difference(removed)
+
+
 def centroids_of(
     examples: Mapping[str, Sequence[Example]],
     embedding: Embedding,

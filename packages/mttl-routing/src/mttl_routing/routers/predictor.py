@@ -32,6 +32,7 @@ from mttl_routing.routers.nearest import (
     check_temperature,
     check_top_k,
     named,
+    remembered,
     shares,
 )
 from mttl_routing.routers.protocol import Prompt
@@ -87,6 +88,7 @@ class Predictor:
         self.scorer = scorer
         self.top_k = check_top_k(top_k)
         self.temperature = check_temperature(temperature)
+        self._known = frozenset(scorer.names)
 
     @classmethod
     def fit(
@@ -137,9 +139,13 @@ class Predictor:
         """(b, e), the same for all tokens of a row and in every layer."""
         scores = self.scorer.scores(prompt)
         places = {prompt.experts[column]: column for column in prompt.enabled}
-        known = [index for index, name in enumerate(self.scorer.names) if name in places]
+        known = [i for i, n in enumerate(self.scorer.names) if n in places and n in self._known]
         columns = [places[self.scorer.names[index]] for index in known]
         return shares(scores[:, known], columns, len(prompt.experts), self.top_k, self.temperature)
+
+    def follow(self, added: Sequence[Expert], removed: Sequence[str]) -> None:
+        """Forget the experts that went; a new one is refused, since it has no examples here."""
+        self._known = remembered(self._known, self, added, removed)
 
 
 def _words(

@@ -10,7 +10,7 @@ encoder that both papers train is not here either; an encoder of the user's own 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mttl_experts import Expert
 from mttl_routing.routers.embedding import Embedding, Encoder, Example, embedding_of, taken
-from mttl_routing.routers.nearest import Nearest, centroids_of, check_top_k, named
-from mttl_routing.routers.protocol import Layer, Prompt, Router, Rows
+from mttl_routing.routers.nearest import Nearest, centroids_of, check_top_k, named, remembered
+from mttl_routing.routers.protocol import FollowsExperts, Layer, Prompt, Router, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +45,7 @@ class Retrieval:
         """Keep the centroids."""
         self.nearest = nearest
         self.top_k = check_top_k(top_k)
+        self._known = frozenset(nearest.names)
 
     @classmethod
     def fit(
@@ -83,7 +84,7 @@ class Retrieval:
     def decide(self, prompt: Prompt) -> Tensor:
         """(b, e), 1/k for each of a row's retrieved experts."""
         places = {prompt.experts[column]: column for column in prompt.enabled}
-        known = [index for index, name in enumerate(self.nearest.names) if name in places]
+        known = [i for i, n in enumerate(self.nearest.names) if n in places and n in self._known]
         scores = self.nearest.scores(prompt)[:, known]
         gates = scores.new_zeros(len(scores), len(prompt.experts))
         if not known:
@@ -91,6 +92,10 @@ class Retrieval:
         columns = torch.tensor([places[self.nearest.names[i]] for i in known], device=scores.device)
         best = scores.topk(min(self.top_k, len(known)), dim=1).indices
         return gates.scatter(1, columns[best], 1 / best.shape[1])
+
+    def follow(self, added: Sequence[Expert], removed: Sequence[str]) -> None:
+        """Forget the experts that went; a new one is refused, since it has no examples here."""
+        self._known = remembered(self._known, self, added, removed)
 
 
 class RetrievalThenTokens(Retrieval):
@@ -127,6 +132,12 @@ class RetrievalThenTokens(Retrieval):
             part = part if isinstance(part, Tensor) else part.dense(len(layer.experts))
             gates[members] = part.view(len(members), rows.tokens, -1)
         return gates.flatten(0, 1)
+
+    def follow(self, added: Sequence[Expert], removed: Sequence[str]) -> None:
+        """As without tokens; their router is told as well."""
+        super().follow(added, removed)
+        if isinstance(self.tokens, FollowsExperts):
+            self.tokens.follow(added, removed)
 
 
 def _narrowing(layer: Layer) -> Callable[[tuple[int, ...]], Layer]:
