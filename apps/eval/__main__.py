@@ -75,6 +75,11 @@ TRAIN_KEYS = [
     help="Training rows of each expert that centroid, phatgoose, seqr, predictor, lorauter and "
     "retrieval learn from. [default: 64]",
 )
+@click.option(
+    "--then",
+    help="Router that shares each token among the experts that --route retrieval finds: arrow, ... "
+    "[default: equal shares]",
+)
 @click.option("--rank", type=click.IntRange(min=1), help="Cut the merged expert to this rank.")
 @click.option(
     "--density",

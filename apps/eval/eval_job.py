@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from eval_options import FITTED, LEARNERS, EvalOptions
+from eval_options import FITTED, EvalOptions
 from eval_routing import in_words, over_tasks, routing_accuracy
 from rich.table import Table
 
@@ -222,7 +222,7 @@ class Evaluation:
                 source,
                 options.route or "",
                 base_model=self.base,
-                batches=self._batches if options.route in LEARNERS else None,
+                batches=self._batches if options.learns_from_batches else None,
                 examples=self._prompts() if options.route in FITTED else None,
                 **options.choice,
             ) as routed,

@@ -53,6 +53,7 @@ class EvalOptions:
     top_p: float | None
     threshold: float | None
     router_rows: int
+    then: str | None
     rank: int | None
     density: float | None
     inside: str | None
@@ -94,6 +95,7 @@ class EvalOptions:
         """Settings of a router that chooses; those that are off are left out."""
         names = CHOOSING if self.route in CHOOSERS else ()
         names = ("top_k",) if self.route in COUNTING else names
+        names = (*names, "then") if self.route == "retrieval" else names
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -102,6 +104,11 @@ class EvalOptions:
         """How many rows a router that learns is shown."""
         learns = self.route in (*LEARNERS, *FITTED)
         return {"router_rows": self.router_rows} if learns else {}
+
+    @property
+    def learns_from_batches(self) -> bool:
+        """Whether a router wants the experts' rows with their answers."""
+        return bool({self.route, self.then} & set(LEARNERS))
 
     @property
     def in_distribution(self) -> bool:
@@ -132,6 +139,9 @@ def check(**options: Any) -> EvalOptions:
         raise click.UsageError("--merge and --route are two ways to one model; give one")
     _known(options["merge"], "--merge", MERGES)
     _known(options["route"], "--route", ROUTERS)
+    _known(options["then"], "--then", CHOOSERS)
+    if options["then"] and options["route"] != "retrieval":
+        raise click.UsageError("--then is for --route retrieval")
     if options["route"] == "fixed":
         raise click.UsageError("--route fixed is one expert: --merge uniform --selection NAME")
     for name, default in CHOOSING.items():

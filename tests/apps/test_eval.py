@@ -69,6 +69,7 @@ def test_the_oracle_is_each_expert_on_its_own_task(library, evaluate):
         ("--route", "predictor", "--router-rows", "6"),
         ("--route", "lorauter", "--router-rows", "6"),
         ("--route", "retrieval", "--top-k", "1", "--router-rows", "6"),
+        ("--route", "retrieval", "--then", "arrow", "--top-k", "2", "--router-rows", "6"),
         ("--route", "logo", "--top-k", "1"),
         ("--route", "seqr", "--top-k", "1", "--router-rows", "6"),
         ("-k", "merge_or_route=phatgoose", "router_rows=6"),
