@@ -4,8 +4,10 @@ One entry in ``CASES`` puts a router under all of it.
 """
 
 import copy
+import itertools
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -31,11 +33,15 @@ class Case:
         score: an expert's score of one token, in float64, from what :class:`Seen` holds of it; None
             where ``gate`` says the gate itself.
         gate: the gate of an expert, by its name, the row's task and how many experts there are.
+        row: the gates of a whole row by expert, from its token ids and :class:`Prompts`; where
+            there is a ``score`` too, that decides among those whose gate is not 0.
         options: for ``RoutedModel.from_library``.
+        with_data: whether it learns from batches.
     """
 
     score: Callable[[Tensor, Any], float] | None = None
     gate: Callable[[str, str, int], float] | None = None
+    row: Callable[[list[int], Any], dict[str, float]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     with_data: bool = False
 
@@ -67,6 +73,31 @@ def by_gate(x, of):
     return float(standardised(x) @ standardised(of.gate.double())) / math.sqrt(len(x))
 
 
+def best(scores: Mapping[str, float], k: int) -> list[str]:
+    return sorted(scores, key=lambda name: -scores[name])[:k]
+
+
+def by_words(ids, prompts):
+    return {best(prompts.by_words(ids), 1)[0]: 1.0}
+
+
+def by_nearest_tasks(ids, prompts):
+    cosines = prompts.by_states(ids)
+    weights = {name: math.exp(cosines[name] / 0.2) for name in best(cosines, 3)}
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
+def by_last_token(ids, prompts):
+    norms = prompts.by_last_token(ids)
+    kept = best(norms, TOP_K)
+    return {name: norms[name] / sum(norms[each] for each in kept) for name in kept}
+
+
+def by_retrieval(ids, prompts):
+    found = best(prompts.by_states(ids), TOP_K)
+    return {name: 1 / len(found) for name in found}
+
+
 CASES = {
     "arrow": Case(by_prototype),
     "spectr": Case(by_norm),
@@ -79,8 +110,14 @@ CASES = {
         gate=lambda name, task, count: WEIGHTS.get(name, 0.0), options={"weights": WEIGHTS}
     ),
     "task": Case(gate=lambda name, task, count: float(name == task)),
+    "predictor": Case(row=by_words),
+    "lorauter": Case(row=by_nearest_tasks),
+    "logo": Case(row=by_last_token),
+    "retrieval": Case(row=by_retrieval),
+    "retrieval, then arrow": Case(by_prototype, row=by_retrieval, options={"then": "arrow"}),
 }
 TASKS = ("cleo", "anna", "cleo")
+QUERIES = "model.layers.1.self_attn.q_proj"
 
 
 @pytest.fixture(scope="session")
@@ -112,25 +149,33 @@ def batches_of(expert):
     return made
 
 
+def examples_of(experts) -> dict[str, list[Any]]:
+    """Rows of each expert's own, and of its task, which is of its name."""
+    return {expert.name: batches_of(expert) for expert in experts}
+
+
 @pytest.fixture(params=list(CASES))
 def case(request):
     return request.param
 
 
 @pytest.fixture
-def routed_by(base, libraries):
+def routed_by(loaded, libraries):
     def make(name: str, library=None, combine: str = "after", top_k: int = TOP_K, **options):
         case = CASES[name]
         router = name.partition(",")[0]
+        library = libraries[combine] if library is None else library
         if case.with_data:
             options["batches"] = batches_of
+        if case.row is not None and router != "logo":
+            options["examples"] = examples_of(library.values())
         return RoutedModel.from_library(
-            libraries[combine] if library is None else library,
+            library,
             router,
             top_k,
             combine,
             TEMPERATURE,
-            base_model=base,
+            base_model=loaded,
             **{**case.options, **options},
         )
 
@@ -165,6 +210,69 @@ def seen_of(base, experts):
     return known
 
 
+class Prompts:
+    """What the slow loop compares a row with: each expert's examples, and its last queries."""
+
+    def __init__(self, base, experts, known) -> None:
+        self.base = copy.deepcopy(base).double()
+        self.examples = {
+            expert.name: [
+                row[kept.bool()].tolist()
+                for batch in batches_of(expert)
+                for row, kept in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+            ]
+            for expert in experts
+        }
+        self.queries = known[QUERIES]
+
+    def by_words(self, ids: list[int]) -> dict[str, float]:
+        """Cosines of TF-IDF vectors over words and pairs of them, with the sum of examples'."""
+        corpus = [terms(row) for rows in self.examples.values() for row in rows]
+        documents = Counter(term for some in corpus for term in set(some))
+
+        def vector(row: list[int]) -> Counter:
+            weights = {
+                term: (1 + math.log(n)) * (1 + math.log((1 + len(corpus)) / (1 + documents[term])))
+                for term, n in Counter(terms(row)).items()
+                if term in documents
+            }
+            norm = math.sqrt(sum(w * w for w in weights.values())) or 1.0
+            return Counter({term: w / norm for term, w in weights.items()})
+
+        query, found = vector(ids), {}
+        for name, rows in self.examples.items():
+            centroid = sum((vector(row) for row in rows), Counter())
+            norm = math.sqrt(sum(w * w for w in centroid.values()))
+            found[name] = sum(w * centroid[term] for term, w in query.items()) / norm
+        return found
+
+    def by_states(self, ids: list[int]) -> dict[str, float]:
+        """Cosines of the means of last hidden states, with the mean of the examples'."""
+        x, found = self._state(ids), {}
+        for name, rows in self.examples.items():
+            mean = torch.stack([self._state(row) for row in rows]).mean(0)
+            found[name] = float(x @ mean / x.norm() / mean.norm())
+        return found
+
+    def by_last_token(self, ids: list[int]) -> dict[str, float]:
+        """Norms of what each expert adds to the queries of the base's last block."""
+        seen: list[Tensor] = []
+        hook = self.base.get_submodule(QUERIES).register_forward_pre_hook(
+            lambda module, args: seen.append(args[0][0, -1])
+        )
+        self.base(torch.tensor([ids]))
+        hook.remove()
+        return {name: float((of.delta @ seen[0]).norm()) for name, of in self.queries.items()}
+
+    def _state(self, ids: list[int]) -> Tensor:
+        states = self.base(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        return states[-1][0].mean(0)
+
+
+def terms(ids: list[int]) -> list[Any]:
+    return [*ids, *itertools.pairwise(ids)]
+
+
 @pytest.fixture(scope="session")
 def known(base, libraries):
     return {
@@ -172,15 +280,30 @@ def known(base, libraries):
     }
 
 
-def slow_logits(base, known, case: Case, n_experts: int, combine: str, tokens: Tensor) -> Tensor:
+@pytest.fixture(scope="session")
+def prompts(base, libraries, known):
+    return {
+        combine: Prompts(base, library.values(), known[combine])
+        for combine, library in libraries.items()
+    }
+
+
+def slow_logits(
+    base, known, prompts, case: Case, n_experts: int, combine: str, tokens: Tensor
+) -> Tensor:
     """In float64, by a loop over tokens and experts."""
     model = copy.deepcopy(base).double()
+    of_row = [{} if case.row is None else case.row(ids, prompts) for ids in tokens.tolist()]
 
-    def gates_of(x, here, task):
+    def gates_of(x, here, row, task):
         if case.gate is not None:
             return {name: case.gate(name, task, n_experts) for name in here}
+        if case.row is not None:
+            here = {name: of for name, of in here.items() if of_row[row].get(name)}
+            if case.score is None:
+                return {name: of_row[row][name] for name in here}
         scores = {name: case.score(x, of) / TEMPERATURE for name, of in here.items()}
-        kept = sorted(scores, key=lambda name: -scores[name])[:TOP_K]
+        kept = best(scores, TOP_K)
         total = sum(math.exp(scores[name]) for name in kept)
         return {name: math.exp(scores[name]) / total for name in kept}
 
@@ -189,7 +312,7 @@ def slow_logits(base, known, case: Case, n_experts: int, combine: str, tokens: T
         for row, task in enumerate(TASKS):
             for place in range(output.shape[1]):
                 x = args[0][row, place]
-                gates = gates_of(x, here, task)
+                gates = gates_of(x, here, row, task)
                 if combine == "after":
                     for name, gate in gates.items():
                         added[row, place] += gate * (here[name].delta @ x)
@@ -206,9 +329,16 @@ def slow_logits(base, known, case: Case, n_experts: int, combine: str, tokens: T
 
 
 @pytest.mark.parametrize("combine", ["after", "before"])
-def test_it_equals_a_slow_loop(base, libraries, known, routed_by, case, combine, tokens):
-    n_experts = len(libraries[combine])
-    expected = slow_logits(base, known[combine], CASES[case], n_experts, combine, tokens)
+def test_it_equals_a_slow_loop(base, libraries, known, prompts, routed_by, case, combine, tokens):
+    expected = slow_logits(
+        base,
+        known[combine],
+        prompts[combine],
+        CASES[case],
+        len(libraries[combine]),
+        combine,
+        tokens,
+    )
     with routed_by(case, combine=combine) as routed:
         actual = logits_of(routed, tokens, **tasks_of(case))
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=2e-4)
@@ -235,12 +365,12 @@ def test_a_row_does_not_see_its_neighbours_or_its_padding(routed_by, case, side,
             torch.testing.assert_close(together[row, span], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_the_order_of_the_experts_makes_no_difference(base, libraries, routed_by, case, tokens):
+def test_the_order_of_the_experts_makes_no_difference(loaded, libraries, routed_by, case, tokens):
     experts = list(libraries["after"].values())
     with routed_by(case) as routed:
         expected, router = logits_of(routed, tokens, **tasks_of(case)), routed.router
     for order in (experts[::-1], experts[2:] + experts[:2]):
-        with RoutedModel(base, order, router) as routed:
+        with RoutedModel(loaded, order, router) as routed:
             actual = logits_of(routed, tokens, **tasks_of(case))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
@@ -284,7 +414,7 @@ def test_its_own_expert_alone_is_that_expert(base, make_expert, routed_by, case,
     expert = make_expert("anna", targets=("q_proj", "down_proj"))
     with apply_expert(base, expert) as routed:
         expected = logits_of(routed, tokens)
-    library = ExpertLibrary(f"virtual://own-{case.replace(', ', '-')}", create=True)
+    library = ExpertLibrary(f"virtual://own-{case.replace(',', '').replace(' ', '-')}", create=True)
     library.add_expert(expert)
     own = {"weights": "anna"} if case == "fixed" else {}
     with routed_by(case, library, top_k=1, **own) as routed:
@@ -297,9 +427,8 @@ def test_its_own_expert_alone_is_that_expert(base, make_expert, routed_by, case,
     "options",
     [{"top_p": 0.25}, {"threshold": 0.4999}, {"null": True}, {"top_p": 0.25, "null": True}],
 )
+@pytest.mark.parametrize("case", [name for name, of in CASES.items() if of.score and not of.row])
 def test_routers_that_choose_take_all_of_the_choice(base, routed_by, case, options, tokens):
-    if CASES[case].score is None:
-        pytest.skip("it does not choose by scores")
     with routed_by(case) as routed:
         plain = logits_of(routed, tokens)
     with routed_by(case, **options) as routed:
