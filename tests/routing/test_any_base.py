@@ -9,8 +9,10 @@ import transformers
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from mttl_experts import Expert, ExpertInfo, UnsupportedAdapterError
+from mttl_experts import Expert, ExpertInfo, IncompatibleExpertError, UnsupportedAdapterError
 from mttl_routing import RoutedModel, apply_expert
+from mttl_routing.routers import Logo, Lorauter, Predictor, Retrieval
+from mttl_routing.routers.embedding import BaseEmbedding
 
 VOCABULARY = 61
 SMALL = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
@@ -147,6 +149,18 @@ def test_the_experts_of_a_sparse_base_are_one_parameter_and_refused_by_name():
         RoutedModel.from_experts([expert], base_model=model)
 
 
+def test_an_adapter_of_a_sparse_layer_s_experts_one_by_one_says_what_to_do():
+    model = built("mixtral")
+    path = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1"
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["w1"]}
+    weights = {f"{path}.lora_A.weight": torch.randn(2, 32),
+               f"{path}.lora_B.weight": torch.randn(48, 2)}  # fmt: skip
+    expert = Expert(ExpertInfo("older", expert_config=config), weights)
+    with pytest.raises(IncompatibleExpertError, match="one parameter, which is not routed") as one:
+        RoutedModel.from_experts([expert], base_model=model)
+    assert "\n" not in str(one.value)
+
+
 # Encoder and decoder
 
 
@@ -210,6 +224,53 @@ def test_a_decision_by_the_encoder_s_prompt_serves_the_decoder(
             assert torch.equal(cached[index * n : (index + 1) * n], alone)
     base = t5.generate(input_ids=ids, attention_mask=mask, **LENGTH | mode)
     assert not torch.equal(cached, base)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_is_embedded_by_what_the_encoder_s_last_block_makes_of_it(t5, tokens, side):
+    rows = [tokens[0], tokens[1, :5], tokens[2, :7]]
+    ids, mask = torch.zeros(2, 3, 11, dtype=torch.long)
+    expected = []
+    for index, row in enumerate(rows):
+        span = slice(0, len(row)) if side == "right" else slice(11 - len(row), 11)
+        ids[index, span], mask[index, span] = row, 1
+        seen = []
+        hook = t5.encoder.block[-1].register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output[0])
+        )
+        t5.encoder(row[None])
+        hook.remove()
+        expected.append(seen[0][0].double().mean(0).float())
+    found = BaseEmbedding(t5).of_examples([{"input_ids": ids, "attention_mask": mask}])
+    torch.testing.assert_close(found, torch.stack(expected), **CLOSE)
+
+
+@pytest.mark.parametrize("router", ["predictor", "lorauter", "retrieval", "logo"])
+def test_an_encoder_s_prompt_is_routed_to_the_expert_whose_examples_it_is_like(
+    t5, t5_experts, tokens, router
+):
+    examples = {
+        expert.name: [{"input_ids": tokens[row : row + 1]}] for row, expert in enumerate(t5_experts)
+    }
+    made = {
+        "predictor": lambda: Predictor.fit(t5_experts, examples, features="hidden", base_model=t5),
+        "lorauter": lambda: Lorauter.fit(
+            t5_experts, examples, pairs={name: [name] for name in examples}, base_model=t5, top_k=1
+        ),
+        "retrieval": lambda: Retrieval.fit(t5_experts, examples, base_model=t5, top_k=1),
+        "logo": lambda: Logo(t5_experts, top_k=1),
+    }[router]()
+    with RoutedModel.from_experts(t5_experts, made, base_model=t5) as routed:
+        with routed.trace() as trace:
+            found = routed.generate(tokens, **LENGTH)
+        assert torch.equal(found, routed.generate(tokens, **LENGTH, use_cache=False))
+    of_row = dict(zip(trace.table()["row"], trace.table()["expert"], strict=True))
+    if router != "logo":
+        assert of_row == dict(enumerate(examples))
+    for row, name in of_row.items():
+        expert = next(each for each in t5_experts if each.name == name)
+        with apply_expert(t5, expert) as alone:
+            assert torch.equal(found[row], alone.generate(tokens[row : row + 1], **LENGTH)[0])
 
 
 def test_a_decoder_goes_on_from_what_the_encoder_s_states_carry(t5, t5_experts, tokens):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,8 @@ def attachment_points(
                 what = f"has none of the {len(own)} modules that"
             raise IncompatibleExpertError(
                 f"the base model, a {type(base.model).__name__}, {what} expert {expert.name!r} "
-                f"adapts, such as {absent[0]!r}, so it would attach to nothing there; load the "
-                f"base that it was made for, {expert.expert_info.expert_model!r}"
+                f"adapts, such as {absent[0]!r}, so it would attach to nothing there; "
+                f"{_instead(absent[0], expert)}"
             )
     for path, column in table.items():
         index, factors = next((n, f) for n, f in enumerate(column) if f is not None)
@@ -106,6 +107,16 @@ def attachment_points(
                 f"{experts[index].expert_info.expert_model!r}"
             )
     return {path: modules[path] for path in table}
+
+
+def _instead(path: str, expert: Expert) -> str:
+    """What to do about a module that the base lacks."""
+    if re.search(r"\.experts\.\d+\.", path):
+        return (
+            "transformers 5 keeps the experts of a sparse layer in one parameter, which is not "
+            "routed; take adapters of its other modules"
+        )
+    return f"load the base that it was made for, {expert.expert_info.expert_model!r}"
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
