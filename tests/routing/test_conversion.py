@@ -72,3 +72,36 @@ def test_a_kind_that_changes_no_weights_is_refused_by_name(base, tmp_path):
     expert, _ = made(base, tmp_path, config)
     with pytest.raises(UnsupportedAdapterError, match="'other' of kind 'PREFIX_TUNING' cannot"):
         as_lora(expert, base)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.2, 0.5])
+def test_experts_of_other_kinds_are_routed_when_asked_losing_what_may_be_lost(
+    base, make_expert, tokens, tmp_path, tolerance
+):
+    expert, model = made(base, tmp_path, KINDS["LORA"][0])
+    lora = make_expert("anna")
+    with pytest.raises(UnsupportedAdapterError, match="'other'.*DoRA"):
+        RoutedModel.from_experts([expert, lora], base_model=base)
+    with (
+        RoutedModel.from_experts(
+            [expert, lora], "uniform", base_model=base, convert=tolerance
+        ) as routed,
+        torch.no_grad(),
+    ):
+        assert routed.experts == ("anna", "other")
+        with routed.only("other"):
+            found = routed(tokens).logits
+    if tolerance == 0:
+        with torch.no_grad():
+            torch.testing.assert_close(found, model(tokens).logits, **CLOSE)
+    whole, cut = as_lora(expert, base), as_lora(expert, base, tolerance=tolerance)
+    ranks = {
+        path: (whole.expert_info.expert_config["rank_pattern"][path], rank)
+        for path, rank in cut.expert_info.expert_config["rank_pattern"].items()
+    }
+    for path, lost in cut.expert_info.training_config["conversion"]["lost"].items():
+        most, kept = ranks[path]
+        assert lost <= tolerance + 1e-6
+        assert kept < most if tolerance else kept == most
+        one_less = as_lora(expert, base, rank=max(1, kept - 1)).expert_info.training_config
+        assert one_less["conversion"]["lost"][path] > tolerance

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mttl_experts import Expert, UnsupportedAdapterError
+from mttl_experts import Expert, UnsupportedAdapterError, lora_modules
 from mttl_routing.attachment import base_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ _ROUNDING = 1e-6
 
 
 def as_lora(
-    expert: Expert, base_model: BaseModel | PreTrainedModel, *, rank: int | None = None
+    expert: Expert,
+    base_model: BaseModel | PreTrainedModel,
+    *,
+    rank: int | None = None,
+    tolerance: float = 0.0,
 ) -> Expert:
     """A LoRA expert that changes the base's weights as an expert of another kind does.
 
@@ -34,7 +39,8 @@ def as_lora(
     Args:
         expert: of a kind that PEFT can merge into linear layers: LoHa, LoKr, IA3, DoRA, OFT, ...
         base_model: the base that it was made for; it is left as it was.
-        rank: most ranks to keep in a module; None keeps all, so that nothing but rounding is lost.
+        rank: most ranks to keep in a module; None is as many as the tolerance asks for.
+        tolerance: share of ‖ΔW‖ that a module may lose; at 0 nothing but rounding is lost.
 
     Returns:
         An expert of the same name, task and base. Its ``training_config["conversion"]`` says the
@@ -62,7 +68,7 @@ def as_lora(
     for path, module in adapted.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer):
             delta = _delta(expert.name, kind, path, module)
-            a, b, lost[path] = _factored(delta, rank)
+            a, b, lost[path] = _factored(delta, rank, tolerance)
             weights[f"base_model.model.{path}.lora_A.weight"] = a
             weights[f"base_model.model.{path}.lora_B.weight"] = b
             ranks[path] = a.shape[0]
@@ -80,6 +86,20 @@ def as_lora(
     training["conversion"] = {"kind": kind, "digest": expert.digest, "lost": lost}
     info = replace(expert.expert_info, expert_config=config, training_config=training)
     return Expert(info, weights)
+
+
+def as_loras(
+    experts: Sequence[Expert], base_model: BaseModel | PreTrainedModel, tolerance: float = 0.0
+) -> list[Expert]:
+    """The same experts, those that are no plain LoRA converted by :func:`as_lora`."""
+    converted = []
+    for expert in experts:
+        try:
+            lora_modules(expert)
+        except UnsupportedAdapterError:
+            expert = as_lora(expert, base_model, tolerance=tolerance)
+        converted.append(expert)
+    return converted
 
 
 @torch.no_grad()
@@ -104,12 +124,15 @@ def _delta(name: str, kind: str, path: str, module: Any) -> Tensor:
     return delta
 
 
-def _factored(delta: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:
+def _factored(delta: Tensor, rank: int | None, tolerance: float) -> tuple[Tensor, Tensor, float]:
     """A (r, i), B (o, r), and the share of the norm that is not in them."""
     u, sigma, v = torch.linalg.svd(delta.double(), full_matrices=False)
-    kept = max(1, int((sigma > _ROUNDING * sigma[0]).sum()))
-    kept = kept if rank is None else min(kept, rank)
     total = float(sigma.norm())
+    left = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # what each rank and later ones hold
+    kept = max(
+        1, int((sigma > _ROUNDING * sigma[0]).sum().minimum((left > tolerance * total).sum()))
+    )
+    kept = kept if rank is None else min(kept, rank)
     lost = float(sigma[kept:].norm()) / total if total else 0.0
     root = sigma[:kept].sqrt()
     a, b = root[:, None] * v[:kept], u[:, :kept] * root

@@ -152,7 +152,9 @@ class RoutedModel(AttachedExperts):
             examples: prompts of each expert by its name (of each task, for ``lorauter``), as texts
                 or batches of token ids, for routers that are fitted on them.
             options: ``top_p``, ``threshold``, ``null`` as :class:`~mttl_routing.Choice` has them;
-                ``weights`` for ``fixed``; ``then`` for ``retrieval``.
+                ``weights`` for ``fixed``; ``then`` for ``retrieval``. ``convert`` takes in experts
+                of other kinds too, by :func:`~mttl_routing.as_lora`: 0 exactly, 0.05 so that no
+                module loses more than 5 % of its ΔW.
 
         Raises:
             IncompatibleExpertError: an expert is for another base, or does not fit this one.
@@ -179,8 +181,13 @@ class RoutedModel(AttachedExperts):
     ) -> Self:
         experts = sorted(experts, key=lambda expert: expert.name)
         fitted = batches is not None or examples is not None
-        if base_model is None and fitted:
+        tolerance = options.pop("convert", None)
+        if base_model is None and (fitted or tolerance is not None):
             base_model = load_base(*known_base(experts))
+        if tolerance is not None:
+            from mttl_routing.conversion import as_loras
+
+            experts = as_loras(experts, base_model, tolerance)
         data = {"batches": batches, "examples": examples, "base_model": base_model}
         built = router_of(router, experts, library=library, **data, **options)
         routed = cls(base_model, experts, built, **settings)
