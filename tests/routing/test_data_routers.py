@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mttl_experts import ExpertLibrary, lora_modules
+from mttl_experts import Expert, ExpertLibrary, lora_modules
 from mttl_routing import RoutedModel, apply_expert, calibration, centroids, train_gates
 from mttl_routing.routers import norm_factors
 
@@ -87,6 +87,43 @@ def test_gates_learn_and_move_nothing_else(base, make_expert):
         assert torch.equal(tensor, before[name])
     for name, tensor in (expert.expert_weights or {}).items():
         assert torch.equal(tensor, factors[name])
+
+
+@pytest.mark.parametrize("adapts_the_head", [False, True])
+def test_gates_are_those_that_the_model_s_own_loss_trains(base, make_expert, adapts_the_head):
+    """The head is computed for labelled tokens alone, unless the expert changes the head."""
+    expert = make_expert("anna")
+    if adapts_the_head:
+        head = {"lora_A": torch.randn(4, 32) * 0.3, "lora_B": torch.randn(61, 4) * 0.3}
+        weights = {f"base_model.model.lm_head.{part}.weight": t for part, t in head.items()}
+        info = make_expert("anna", target_modules=["q_proj", "v_proj", "lm_head"],
+                           layers_to_transform=None).expert_info  # fmt: skip
+        expert = Expert(info, weights | expert.expert_weights)
+    batches = make_batches()
+    for batch in batches:
+        batch["labels"][:, :3] = -100
+    paths = list(lora_modules(expert))
+    assert ("lm_head" in paths) == adapts_the_head
+
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            widths = [factors.a.shape[1] for factors in lora_modules(expert).values()]
+            self.vectors = torch.nn.ParameterList([torch.zeros(width) for width in widths])
+
+        def gates(self, x, layer, rows):
+            return torch.sigmoid(x @ self.vectors[paths.index(layer.module)]).unsqueeze(1)
+
+    gated = Gated()
+    optimizer = torch.optim.AdamW(gated.parameters(), lr=0.05, weight_decay=0.0)
+    with RoutedModel.from_experts([expert], gated, base_model=base) as routed:
+        for step in range(8):
+            optimizer.zero_grad()
+            routed(**batches[step % 4]).loss.backward()
+            optimizer.step()
+    found = train_gates(base, expert, batches, steps=8, learning_rate=0.05)
+    for path, expected in zip(paths, gated.vectors, strict=True):
+        torch.testing.assert_close(found[path], expected.detach(), rtol=1e-3, atol=1e-3)
 
 
 def test_what_was_learned_is_kept_by_expert_and_data_and_never_stale(base, make_expert):
