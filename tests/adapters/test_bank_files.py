@@ -9,6 +9,7 @@ from mttl_adapters import kernels
 from mttl_adapters.bank import Bank
 from mttl_adapters.bank_files import BankFiles
 from mttl_adapters.chosen import Chosen
+from mttl_adapters.mapped import DamagedFileError
 
 
 @pytest.fixture(params=["torch", "cpu"])
@@ -143,3 +144,35 @@ def test_resident_memory_follows_use_and_stays_within_its_bound(kernel, tmp_path
             )
             highest = max(highest, resident(files.folder))
     assert 4 * 2**20 < highest <= used + 8 * 2**20
+
+
+def damaged(content: bytes) -> dict[str, bytes]:
+    return {
+        "empty": b"",
+        "truncated": content[:-1],
+        "cut off in the header": content[:50],
+        "longer": content + b"\0",
+        "of another kind": b"\0" * len(content),
+        "of another format": content.replace(b'"format\\": 1', b'"format\\": 2'),
+        "of another shape": content.replace(b'"shape":[4,40]', b'"shape":[4,41]'),
+    }
+
+
+@pytest.mark.parametrize("fault", list(damaged(b"")))
+def test_a_damaged_file_is_noticed_and_written_again(tmp_path, fault):
+    files, expert = BankFiles(tmp_path), make_expert(0)
+    files.add("one", expert)
+    (path,) = files.folder.iterdir()
+    whole = path.read_bytes()
+    wrong = damaged(whole)[fault]
+    assert wrong != whole
+    path.write_bytes(wrong)
+    again = BankFiles(tmp_path)
+    assert "one" not in again
+    with pytest.raises(DamagedFileError, match=r"one\.safetensors' is damaged"):
+        again.banks(["one"])
+    again.add("one", expert)
+    assert path.read_bytes() == whole
+    torch.testing.assert_close(
+        again.banks(["one"])["layers.0.q_proj"].a, expert["layers.0.q_proj"][0]
+    )
