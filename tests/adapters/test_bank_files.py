@@ -1,3 +1,4 @@
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -175,4 +176,31 @@ def test_a_damaged_file_is_noticed_and_written_again(tmp_path, fault):
     assert path.read_bytes() == whole
     torch.testing.assert_close(
         again.banks(["one"])["layers.0.q_proj"].a, expert["layers.0.q_proj"][0]
+    )
+
+
+WRITE = """
+for number in range(40):
+    generator = torch.Generator().manual_seed(number)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((4, 4000), (24, 4)))
+    files.add(f"d{number}", {"m": (a, b, 1.0)})
+    assert torch.equal(files.banks([f"d{number}"])["m"].a, a)
+"""
+OTHER = """
+import sys, torch
+from mttl_adapters import BankFiles
+files = BankFiles(sys.argv[1])
+print("ready", flush=True)
+"""
+
+
+def test_two_processes_that_write_to_one_folder_do_not_meet_half_a_file(tmp_path):
+    command = [sys.executable, "-c", OTHER + WRITE, str(tmp_path)]
+    files = BankFiles(tmp_path)
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"ready\n"
+        exec(WRITE, {"files": files, "torch": torch})
+    assert other.returncode == 0
+    assert sorted(f.name for f in files.folder.iterdir()) == sorted(
+        f"d{number}.safetensors" for number in range(40)
     )

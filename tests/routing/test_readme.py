@@ -81,3 +81,16 @@ def test_the_first_example_runs(base, mixed_experts, tmp_path, blocks, monkeypat
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[0] != lines[1]
+
+
+def test_the_example_of_more_experts_than_memory_holds_runs(
+    base, mixed_experts, tokens, tmp_path, blocks, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library = ExpertLibrary(f"local://{tmp_path}/library", create=True)
+    for expert in mixed_experts:
+        library.add_expert(expert)
+    (text,) = (block for block in blocks if "BankFiles" in block)
+    names = {"library": library, "base": base, "prompt": {"input_ids": tokens}}
+    exec(text, names)
+    assert len(list(names["files"].folder.iterdir())) == len(library)

@@ -15,7 +15,7 @@ import torch
 from platformdirs import user_cache_path
 
 from mttl_adapters.bank import Bank, Factors, Run
-from mttl_adapters.mapped import DTYPES, DamagedFileError, MappedFile, MappedSlab, check, write
+from mttl_adapters.mapped import DTYPES, DamagedFileError, MappedFile, MappedSlab, places_of, write
 from mttl_adapters.resident import Bound
 
 
@@ -50,7 +50,7 @@ class BankFiles:
     def __contains__(self, digest: str) -> bool:
         """Whether an expert is here, in a file whose header and length are right."""
         try:
-            check(self._path(digest))
+            places_of(self._path(digest))
         except (FileNotFoundError, DamagedFileError):
             return False
         return True
@@ -69,6 +69,11 @@ class BankFiles:
         """:meth:`add` each, one in memory at a time."""
         for digest, factors in experts:
             self.add(digest, factors)
+
+    def features(self, digest: str) -> dict[str, tuple[int, int]]:
+        """(out, in) features of each module of an expert that is here; errors as :meth:`banks`."""
+        places = places_of(self._path(digest))
+        return {module: (at.out_features, at.in_features) for module, at in places.items()}
 
     def banks(self, digests: Sequence[str]) -> dict[str, Bank]:
         """A bank for each module that some of the experts change, its experts in the order given.

@@ -52,7 +52,11 @@ class Layout(NamedTuple):
 
 
 def write(path: Path, factors: Mapping[str, Factors], dtype: torch.dtype) -> None:
-    """Write one expert beside and move it into place: readers see all of it or nothing."""
+    """Write one expert beside and move it into place: readers see all of it or nothing.
+
+    It is not forced to the disk, which may take seconds: what a crash cuts off is too short after
+    it, and that is noticed.
+    """
     tensors: dict[str, Tensor] = {}
     for module, (a, b, _) in factors.items():
         if a.shape[0] != b.shape[1]:
@@ -68,22 +72,20 @@ def write(path: Path, factors: Mapping[str, Factors], dtype: torch.dtype) -> Non
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         save_file(tensors, beside, metadata)
-        with beside.open("rb") as file:  # a file that has its name has its content, come what may
-            os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def check(path: Path) -> None:
-    """Read a file's header.
+def places_of(path: Path) -> Mapping[str, Place]:
+    """What a file's header says, by module path.
 
     Raises:
         FileNotFoundError: it is not here.
         DamagedFileError: its header or its length is wrong.
     """
     with path.open("rb") as file:
-        _layout_of(file, path)
+        return _layout_of(file, path).places
 
 
 class MappedFile:
@@ -96,7 +98,7 @@ class MappedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Map a file, of which only the header is read; errors as :func:`check`."""
+        """Map a file, of which only the header is read; errors as :func:`places_of`."""
         with path.open("rb") as file:
             self.places = _layout_of(file, path).places
             # Private and never written to: the pages are the file's own.

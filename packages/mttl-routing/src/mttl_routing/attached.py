@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from mttl_adapters.bank import Bank
 from mttl_experts import Expert
 from mttl_routing.attachment import Base, attachment_points
 from mttl_routing.call import Scope, scope_of, scoped
-from mttl_routing.cohort import check_one_base, factors_by_module
+from mttl_routing.cohort import check_one_base
 from mttl_routing.hooks import Hooks
 from mttl_routing.roster import Roster
 from mttl_routing.routers import AnyRouter, FollowsExperts, Tasks
+from mttl_routing.sources import Source
 
 if TYPE_CHECKING:
     from mttl_routing.trace import Trace
@@ -53,7 +55,7 @@ class AttachedExperts:
         *,
         combine: str,
         granularity: str,
-        dtype: torch.dtype | None,
+        source: Source,
         tokenizer: Any,
         strict: bool,
     ) -> None:
@@ -68,14 +70,15 @@ class AttachedExperts:
         names = [expert.name for expert in experts]
         if len(set(names)) < len(names):
             raise ValueError(f"experts of one name cannot be told apart: {names!r}")
-        table = factors_by_module(experts)
-        points = attachment_points(base, experts, table, strict=strict)
-        self._dtype, self._strict = dtype, strict
+        experts = [expert.unread() for expert in experts]
+        banks = source.banks(experts)
+        points = attachment_points(base, experts, banks, strict=strict)
+        self._source, self._strict = source, strict
         self._changing = threading.Lock()
         self._hooks = Hooks(
             self.model,
             router,
-            Roster.of(experts, table, dtype),
+            Roster(tuple(experts), banks),
             combine=combine,
             granularity=granularity,
             tokenizer=tokenizer or base.tokenizer,
@@ -166,12 +169,12 @@ class AttachedExperts:
             raise ValueError(
                 f"this routed model has an expert {expert.name!r} already; use replace_expert"
             )
-        self._change(expert, lambda roster: roster.added(expert, self._dtype))
+        self._change(expert, Roster.added)
 
     def replace_expert(self, expert: Expert) -> None:
         """Put an expert in the place of that of its name; as :meth:`add_expert`."""
         self._hooks.roster.known([expert.name])
-        self._change(expert, lambda roster: roster.replaced(expert, self._dtype))
+        self._change(expert, Roster.replaced)
 
     def remove_expert(self, name: str) -> None:
         """Let an expert go. The others are not touched; later columns move up by one."""
@@ -184,6 +187,7 @@ class AttachedExperts:
                     "with the base"
                 )
             self._hooks.roster = roster.removed(name)
+            self._source.changed()
             if isinstance(self.router, FollowsExperts):
                 self.router.follow((), (name,))
 
@@ -226,19 +230,21 @@ class AttachedExperts:
         with scoped(self._hooks, replace(scope_of(self._hooks), **changes)) as scope:
             yield scope
 
-    def _change(self, expert: Expert, change: Any) -> None:
+    def _change(
+        self, expert: Expert, change: Callable[[Roster, Expert, Mapping[str, Bank]], Roster]
+    ) -> None:
         with self._changing:
             old = self._hooks.roster
             check_one_base([*old.experts, expert], strict=self._strict)
-            points = attachment_points(
-                self._base, [expert], factors_by_module([expert]), strict=self._strict
-            )
-            roster = change(old)
+            own = self._source.banks([expert])
+            points = attachment_points(self._base, [expert], own, strict=self._strict)
+            roster = change(old, expert.unread(), own)
             self._check_combined(roster)
             if isinstance(self.router, FollowsExperts):
                 removed = (expert.name,) if expert.name in old.names else ()
                 self.router.follow((expert,), removed)
             self._hooks.roster = roster
+            self._source.changed()
             if self._hooks.attached:
                 self._hooks.attach_layers(points)
 
@@ -246,7 +252,8 @@ class AttachedExperts:
         """Refuse ranks that cannot be averaged now, not at the first token."""
         if self.combine == "before":
             for bank in roster.banks.values():
-                bank.apply_before(torch.zeros(0, bank.in_features), torch.zeros(0, len(bank)))
+                if len({rank for rank in bank.ranks if rank}) > 1:
+                    bank.apply_before(torch.zeros(0, bank.in_features), torch.zeros(0, len(bank)))
 
 
 def named_tasks(names: TaskNames | None) -> dict[str, Tasks]:

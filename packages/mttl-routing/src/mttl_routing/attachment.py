@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mttl_experts import Expert, IncompatibleExpertError, LoraFactors, check_compatible
+from mttl_adapters.bank import Bank
+from mttl_experts import Expert, IncompatibleExpertError, check_compatible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,16 +53,16 @@ def base_of(base_model: BaseModel | PreTrainedModel) -> Base:
 def attachment_points(
     base: Base,
     experts: Sequence[Expert],
-    table: Mapping[str, Sequence[LoraFactors | None]],
+    banks: Mapping[str, Bank],
     *,
     strict: bool = False,
 ) -> dict[str, nn.Module]:
-    """The base's module for each path of ``table``, in its order.
+    """The base's module for each path of ``banks``, in its order.
 
     Args:
         base: what to attach to.
         experts: to be attached.
-        table: their factors by module path, as ``factors_by_module`` gives them.
+        banks: their factors by module path, in the experts' order.
         strict: refuse also a base that differs from an expert's by its digests alone.
 
     Raises:
@@ -80,7 +81,7 @@ def attachment_points(
         )
     modules = dict(base.model.named_modules(remove_duplicate=False))
     for index, expert in enumerate(experts):
-        own = [path for path, column in table.items() if column[index] is not None]
+        own = [path for path, bank in banks.items() if bank.ranks[index]]
         absent = [path for path in own if path not in modules]
         if absent:
             what = f"lacks {len(absent)} of the {len(own)} modules that"
@@ -91,10 +92,10 @@ def attachment_points(
                 f"adapts, such as {absent[0]!r}, so it would attach to nothing there; "
                 f"{_instead(absent[0], expert)}"
             )
-    for path, column in table.items():
-        index, factors = next((n, f) for n, f in enumerate(column) if f is not None)
+    for path, bank in banks.items():
+        index = next(n for n, rank in enumerate(bank.ranks) if rank)
         found = _features(modules[path])
-        wanted = (factors.b.shape[0], factors.a.shape[1])
+        wanted = (bank.out_features, bank.in_features)
         if found is None:
             raise IncompatibleExpertError(
                 f"module {path!r} of the base model is a {type(modules[path]).__name__}; expert "
@@ -106,7 +107,7 @@ def attachment_points(
                 f"{experts[index].name!r}; load the base that it was made for, "
                 f"{experts[index].expert_info.expert_model!r}"
             )
-    return {path: modules[path] for path in table}
+    return {path: modules[path] for path in banks}
 
 
 def _instead(path: str, expert: Expert) -> str:

@@ -79,15 +79,31 @@ def factors_by_module(experts: Sequence[Expert]) -> dict[str, list[LoraFactors |
         of_expert = list(pool.map(lora_modules, experts))
     paths = sorted(set().union(*of_expert))
     table = {path: [modules.get(path) for modules in of_expert] for path in paths}
-    for path, column in table.items():
-        shapes: dict[tuple[int, int], str] = {}
-        for expert, factors in zip(experts, column, strict=True):
-            if factors is not None:
-                shapes.setdefault((factors.b.shape[0], factors.a.shape[1]), expert.name)
-        if len(shapes) > 1:
-            (one, one_name), (other, other_name) = list(shapes.items())[:2]
-            raise IncompatibleExpertError(
-                f"module {path!r} is {one} (out, in) in expert {one_name!r} and {other} in expert "
-                f"{other_name!r}; take experts of one base"
-            )
+    check_features(
+        experts,
+        [{p: (f.b.shape[0], f.a.shape[1]) for p, f in own.items()} for own in of_expert],
+    )
     return table
+
+
+def check_features(
+    experts: Sequence[Expert], features: Sequence[Mapping[str, tuple[int, int]]]
+) -> None:
+    """Refuse experts of which one has a module in another shape than the one before it.
+
+    Args:
+        experts: in any order.
+        features: (out, in) of each module of each expert, by path.
+
+    Raises:
+        IncompatibleExpertError: naming the module, both experts and both shapes.
+    """
+    seen: dict[str, tuple[tuple[int, int], str]] = {}
+    for expert, own in zip(experts, features, strict=True):
+        for path, found in own.items():
+            one, name = seen.setdefault(path, (found, expert.name))
+            if one != found:
+                raise IncompatibleExpertError(
+                    f"module {path!r} is {one} (out, in) in expert {name!r} and {found} in expert "
+                    f"{expert.name!r}; take experts of one base"
+                )

@@ -7,14 +7,15 @@ forward under way in another thread goes on with the one that it began with.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
-from mttl_adapters.bank import Bank, Factors
-from mttl_experts import Expert, LoraFactors, lora_modules
+from mttl_adapters.bank import Bank
+from mttl_adapters.joining import appended, moved, padded
+from mttl_experts import Expert
 from mttl_routing.routers import Layer
 
 
@@ -35,16 +36,6 @@ class Roster:
     _together: dict[tuple[torch.device, tuple[str, ...]], tuple[Layer, ...]] = field(
         default_factory=dict, repr=False
     )
-
-    @classmethod
-    def of(
-        cls,
-        experts: Sequence[Expert],
-        table: Mapping[str, Sequence[LoraFactors | None]],
-        dtype: torch.dtype | None,
-    ) -> Roster:
-        """A roster of experts whose factors are in ``table``, as ``factors_by_module`` gives it."""
-        return cls(tuple(experts), {path: _bank(column, dtype) for path, column in table.items()})
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -93,29 +84,24 @@ class Roster:
         """The same with exactly these experts switched off."""
         return Roster(self.experts, self.banks, disabled)
 
-    def added(self, expert: Expert, dtype: torch.dtype | None) -> Roster:
-        """The same with one more expert, in a column at the end."""
-        own = lora_modules(expert)
-        nothing: list[LoraFactors | None] = [None] * len(self.experts)
+    def added(self, expert: Expert, own: Mapping[str, Bank]) -> Roster:
+        """The same with one more expert, in a column at the end; ``own`` are banks of it alone."""
+        count = len(self.experts)
         banks = {
-            path: self.banks[path].append(*_factors(own.get(path), self.banks[path]))
+            path: appended(self.banks[path], own[path])
+            if path in self.banks and path in own
+            else padded(self.banks[path], 0, 1)
             if path in self.banks
-            else _bank([*nothing, own[path]], dtype)
+            else padded(own[path], count, 0)
             for path in sorted({*self.banks, *own})
         }
         return Roster((*self.experts, expert), banks, self.disabled)
 
-    def replaced(self, expert: Expert, dtype: torch.dtype | None) -> Roster:
-        """The same with another expert in the place of that of its name."""
-        own = lora_modules(expert)
-        column = self.names.index(expert.name)
-        nothing: list[LoraFactors | None] = [None] * len(self.experts)
-        banks = {
-            path: self.banks[path].replace(column, *_factors(own.get(path), self.banks[path]))
-            if path in self.banks
-            else _bank([*nothing[:column], own[path], *nothing[column + 1 :]], dtype)
-            for path in sorted({*self.banks, *own})
-        }
+    def replaced(self, expert: Expert, own: Mapping[str, Bank]) -> Roster:
+        """The same with another expert in the place of that of its name; as :meth:`added`."""
+        column, last = self.names.index(expert.name), len(self.experts)
+        added = self.added(expert, own)
+        banks = {path: moved(bank, last, column) for path, bank in added.banks.items()}
         experts = (*self.experts[:column], expert, *self.experts[column + 1 :])
         return Roster(experts, _used(banks), self.disabled)
 
@@ -139,21 +125,6 @@ class Roster:
             hint = f"did you mean {known}?" if near else f"there are {known}"
             raise ValueError(f"this routed model has no expert {name!r}; {hint}")
         return names
-
-
-def _bank(column: Sequence[LoraFactors | None], dtype: torch.dtype | None) -> Bank:
-    """A bank of one layer's factors, where None is an expert that leaves it alone: rank 0."""
-    some = next(factors for factors in column if factors is not None)
-    nothing = (some.a[:0], some.b[:, :0], 1.0)
-    return Bank.from_factors(
-        [nothing if f is None else (f.a, f.b, f.scaling) for f in column], dtype=dtype
-    )
-
-
-def _factors(factors: LoraFactors | None, bank: Bank) -> Factors:
-    if factors is None:
-        return torch.empty(0, bank.in_features), torch.empty(bank.out_features, 0), 1.0
-    return factors.a, factors.b, factors.scaling
 
 
 def _used(banks: Mapping[str, Bank]) -> dict[str, Bank]:

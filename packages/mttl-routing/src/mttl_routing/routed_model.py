@@ -26,10 +26,12 @@ from mttl_routing.cohort import Experts, check_one_base, experts_of
 from mttl_routing.routers import AnyRouter, Batches
 from mttl_routing.routers.embedding import Example
 from mttl_routing.saving import Made, check_base, imported, load, save
+from mttl_routing.sources import source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from mttl_adapters import BankFiles
     from mttl_adapters.base_models import BaseModel
     from mttl_experts import ExpertLibrary
 
@@ -63,6 +65,7 @@ class RoutedModel(AttachedExperts):
         combine: str = "after",
         granularity: str = "layer",
         dtype: torch.dtype | None = None,
+        bank_files: BankFiles | None = None,
         tokenizer: Any = None,
         strict: bool = False,
     ) -> None:
@@ -75,7 +78,7 @@ class RoutedModel(AttachedExperts):
             base_model = load_base(*known_base(experts))
         super().__init__(
             base_of(base_model), experts, router, combine=combine, granularity=granularity,
-            dtype=dtype, tokenizer=tokenizer, strict=strict,
+            source=source_of(bank_files, dtype), tokenizer=tokenizer, strict=strict,
         )  # fmt: skip
         self._made = Made(None, {})
 
@@ -91,6 +94,7 @@ class RoutedModel(AttachedExperts):
         base_model: BaseModel | PreTrainedModel | None = None,
         granularity: str = "layer",
         dtype: torch.dtype | None = None,
+        bank_files: BankFiles | None = None,
         tokenizer: Any = None,
         strict: bool = False,
         batches: Batches | None = None,
@@ -105,8 +109,8 @@ class RoutedModel(AttachedExperts):
         options |= {"top_k": top_k, "temperature": temperature}
         return cls._of(
             experts_of(library), router, options, library, base_model=base_model, combine=combine,
-            granularity=granularity, dtype=dtype, tokenizer=tokenizer, strict=strict,
-            batches=batches, examples=examples,
+            granularity=granularity, dtype=dtype, bank_files=bank_files, tokenizer=tokenizer,
+            strict=strict, batches=batches, examples=examples,
         )  # fmt: skip
 
     @classmethod
@@ -121,6 +125,7 @@ class RoutedModel(AttachedExperts):
         base_model: BaseModel | PreTrainedModel | None = None,
         granularity: str = "layer",
         dtype: torch.dtype | None = None,
+        bank_files: BankFiles | None = None,
         tokenizer: Any = None,
         strict: bool = False,
         batches: Batches | None = None,
@@ -128,6 +133,8 @@ class RoutedModel(AttachedExperts):
         **options: Any,
     ) -> Self:
         """Experts around a base model; their factors are copied, a base already loaded is not.
+
+        Experts of a library are read one after the other, and only their copy stays in memory.
 
         Args:
             experts: of one base; ranks, alphas, rsLoRA and adapted modules may differ.
@@ -143,6 +150,8 @@ class RoutedModel(AttachedExperts):
                 ``block``: those of a transformer block take its first adapted layer's. ``model``:
                 all take that of the first adapted layer of the model.
             dtype: what to keep the experts' factors in; None is their own.
+            bank_files: map the factors from these files instead of copying them into memory, and
+                write those that are not there. So more experts can be routed than memory holds.
             tokenizer: for routers that read the prompt's text; by default the base model's own,
                 where it came from :func:`~mttl_adapters.load_base_model`.
             strict: refuse experts for the same base under other weights (its fingerprint),
@@ -162,8 +171,8 @@ class RoutedModel(AttachedExperts):
         options |= {"top_k": top_k, "temperature": temperature}
         return cls._of(
             experts_of(experts), router, options, None, base_model=base_model, combine=combine,
-            granularity=granularity, dtype=dtype, tokenizer=tokenizer, strict=strict,
-            batches=batches, examples=examples,
+            granularity=granularity, dtype=dtype, bank_files=bank_files, tokenizer=tokenizer,
+            strict=strict, batches=batches, examples=examples,
         )  # fmt: skip
 
     @classmethod
@@ -212,10 +221,11 @@ class RoutedModel(AttachedExperts):
             if made.name is not None:
                 router_of(made.name, roster.experts, library=library, **made.options)
 
+        dtype = self._source.dtype
         settings = {
             "combine": self.combine,
             "granularity": self.granularity,
-            "dtype": None if self._dtype is None else str(self._dtype).removeprefix("torch."),
+            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         }
         base = {
             "model_id": self._base.model_id or known_base(roster.experts)[0],
@@ -233,6 +243,7 @@ class RoutedModel(AttachedExperts):
         folder: str | PathLike[str],
         *,
         base_model: BaseModel | PreTrainedModel | None = None,
+        bank_files: BankFiles | None = None,
         router: AnyRouter | None = None,
         trust_router: bool = False,
         tokenizer: Any = None,
@@ -242,6 +253,7 @@ class RoutedModel(AttachedExperts):
         Args:
             folder: that it was kept in.
             base_model: as for :meth:`from_experts`; None loads the one it was saved with.
+            bank_files: as for :meth:`from_experts`; of the dtype that it was saved with, if any.
             router: in place of a router of your own that was saved; its parameters are loaded.
             trust_router: allow such a router to be imported, which runs the code it names.
             tokenizer: as for :meth:`from_experts`.
@@ -265,7 +277,10 @@ class RoutedModel(AttachedExperts):
         check_base(saved, base, base.fingerprint or fingerprint(base.model))
         if saved.state:
             router.load_state_dict(saved.state)  # type: ignore[union-attr]
-        routed = cls(base_model, saved.experts, router, tokenizer=tokenizer, **saved.settings)
+        routed = cls(
+            base_model, saved.experts, router, bank_files=bank_files, tokenizer=tokenizer,
+            **saved.settings,
+        )  # fmt: skip
         routed._made = saved.made
         routed.disable(*saved.disabled)
         return routed

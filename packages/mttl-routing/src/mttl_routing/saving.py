@@ -27,6 +27,8 @@ FORMAT = 1
 FILE = "routed_model.json"
 EXPERTS = "experts"
 ROUTER = "router.safetensors"
+# Experts that one commit takes; their bytes are in memory until it is made.
+TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,10 @@ def save(
         new = Path(place, "model")
         new.mkdir()
         library = ExpertLibrary(f"local://{new / EXPERTS}", create=True)
-        with library.batch("save a routed model"):
-            for expert in experts:
-                library.add_expert(expert)
+        for start in range(0, len(experts), TOGETHER):
+            with library.batch("save a routed model"):
+                for expert in experts[start : start + TOGETHER]:
+                    library.add_expert(expert.unread())
         keep(library)
         record = {
             "format": FORMAT,

@@ -202,7 +202,7 @@ def _fitting(name: str, options: RouterOptions) -> dict[str, Any]:
 
 def _norm_factors(experts: Sequence[Expert], options: RouterOptions) -> dict[str, Tensors]:
     if options.library is None:
-        return {expert.name: norm_factors(expert) for expert in experts}
+        return {expert.name: norm_factors(expert.unread()) for expert in experts}
     made = options.library.artifacts.get_or_make_each(experts, norms.RECIPE, norm_factors)
     return {expert.name: value for expert, value in zip(experts, made, strict=True)}
 
@@ -226,7 +226,7 @@ def _from_data(
     keys = [([expert], {**recipe, **where, "data": data_digest(own(expert))}) for expert in experts]
 
     def one(index: int) -> Tensors:
-        return make(base, experts[index], own(experts[index]))
+        return make(base, experts[index].unread(), own(experts[index]))
 
     values = kept_each(options.library, keys, one)
     return {expert.name: value for expert, value in zip(experts, values, strict=True)}

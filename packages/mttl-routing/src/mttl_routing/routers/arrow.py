@@ -31,7 +31,7 @@ def prototypes_of(
     missing are kept by one commit.
     """
     if library is None:
-        return {expert.name: arrow_prototypes(expert) for expert in experts}
+        return {expert.name: arrow_prototypes(expert.unread()) for expert in experts}
     kept = library.artifacts.get_or_make_each(experts, RECIPE, arrow_prototypes)
     return {expert.name: each for expert, each in zip(experts, kept, strict=True)}
 
