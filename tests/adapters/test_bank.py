@@ -78,7 +78,7 @@ def test_the_chosen_path_is_the_cheaper_one_and_both_agree(monkeypatch):
     bank = Bank.from_factors([(a, b, 0.1) for a, b, _ in make_factors([2] * 300)])
     x, gates = torch.randn(1000, IN), make_gates(1000, 300, 1)
     dense = bank.apply_dense(x, gates)
-    monkeypatch.setattr("mttl_adapters.crossover.GROUP_COST", 1)
+    monkeypatch.setattr("mttl_adapters.crossover.PLAIN_CALL", 1)
     monkeypatch.setattr(Bank, "apply_dense", None)
     torch.testing.assert_close(bank.apply(x, gates), dense, rtol=1e-4, atol=1e-4)
 

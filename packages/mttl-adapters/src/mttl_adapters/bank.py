@@ -230,26 +230,28 @@ class Bank:
                 f"got an output {tuple(output.shape)}; "
                 f"this bank adds to ({x.shape[0]}, {self.out_features})"
             )
-        weights = gates.weights if isinstance(gates, Chosen) else gates
-        learning = torch.is_grad_enabled() and (
-            self.requires_grad or any(t.requires_grad for t in (output, x, weights))
-        )
-        if learning or (output.is_inference() and not torch.is_inference_mode_enabled()):
+        if self._learns(gates, output, x) or (
+            output.is_inference() and not torch.is_inference_mode_enabled()
+        ):
             return (output + self.apply(x, gates)).to(output.dtype)
+        if not self._grouped_pays(x, _count(gates)):
+            if output.dtype != torch.promote_types(x.dtype, self.dtype):
+                return output.copy_(output + self.apply_dense(x, gates))
+            return self._dense(x, gates, output)
+        chosen = gates if isinstance(gates, Chosen) else Chosen.from_dense(gates)
         cpu = kernels.compiled(x, output)
-        if cpu and self._compiled_takes(x, output) and self._grouped_pays(x, _count(gates)):
-            chosen = (gates if isinstance(gates, Chosen) else Chosen.from_dense(gates)).each()
+        if cpu and self._compiled_takes(x, output):
+            chosen = chosen.each()
             cpu.add_to(output, x, self, chosen.experts, chosen.weights)
             return output
-        return output.copy_(output + self.apply(x, gates))
+        sums = output.to(self._wide(x, output))
+        self._add_grouped(sums, x, chosen)
+        return output if sums is output else output.copy_(sums)
 
     def apply_dense(self, x: Tensor, gates: Tensor | Chosen) -> Tensor:
         """:meth:`apply` by two products over all ranks, the gates repeated for each rank."""
         self._check(x, gates)
-        if isinstance(gates, Chosen):
-            gates = gates.dense(len(self))
-        dtype = torch.promote_types(x.dtype, self.dtype)
-        return plain.dense(x.to(dtype), self.a, self.b.T, self._per_rank(gates))
+        return self._dense(x, gates)
 
     def apply_grouped(self, x: Tensor, gates: Tensor | Chosen) -> Tensor:
         """:meth:`apply` by one pair of products for each expert that some token chose.
@@ -261,12 +263,8 @@ class Bank:
         cpu = kernels.compiled(x)
         if cpu and self._compiled_takes(x):
             return cpu.apply(x, self, chosen)  # type: ignore[no-any-return]
-        if self.resident:
-            self._read(chosen, self.resident)
-        dtype = torch.promote_types(x.dtype, self.dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        out = x.new_zeros((x.shape[0], self.out_features), dtype=wide)
-        return plain.grouped(x.to(dtype), self._rows, chosen, out).to(dtype)
+        out = x.new_zeros((x.shape[0], self.out_features), dtype=self._wide(x))
+        return self._add_grouped(out, x, chosen).to(torch.promote_types(x.dtype, self.dtype))
 
     def apply_before(self, x: Tensor, gates: Tensor | Chosen) -> Tensor:
         """(Σ_e g_e s_e B_e)(Σ_e g_e A_e) x: factors averaged before they are multiplied.
@@ -291,6 +289,52 @@ class Bank:
             return x.new_zeros((x.shape[0], self.out_features), dtype=dtype)
         scalings = gates.new_tensor([self.scalings[index] for index in present])
         return plain.before(x.to(dtype), self.a, self.b.T, gates[:, present], scalings)
+
+    def _dense(self, x: Tensor, gates: Tensor | Chosen, out: Tensor | None = None) -> Tensor:
+        if isinstance(gates, Chosen):
+            gates = gates.dense(len(self))
+        dtype = torch.promote_types(x.dtype, self.dtype)
+        return plain.dense(x.to(dtype), self.a, self.b.T, self._per_rank(gates), out)
+
+    def _add_grouped(self, out: Tensor, x: Tensor, chosen: Chosen) -> Tensor:
+        """``out`` (t, o), in float32 at least, with the sums of plain torch added."""
+        if self.resident:
+            self._read(chosen, self.resident)
+        x = x.to(torch.promote_types(x.dtype, self.dtype))
+        with torch.set_grad_enabled(self._learns(chosen, out, x)):
+            rows = None if torch.is_grad_enabled() or x.dtype != self.dtype else self._bags
+            if rows and chosen.tokens < plain.LINE:
+                return plain.bagged(x, rows, chosen.each(), out)
+            return plain.grouped(x, self._rows, chosen, out)
+
+    def _learns(self, gates: Tensor | Chosen, *tensors: Tensor) -> bool:
+        """Whether a gradient is wanted of anything here."""
+        weights = gates.weights if isinstance(gates, Chosen) else gates
+        return torch.is_grad_enabled() and (
+            self.requires_grad or any(tensor.requires_grad for tensor in (weights, *tensors))
+        )
+
+    def _wide(self, *tensors: Tensor) -> torch.dtype:
+        """What sums of products with these tensors are kept in."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        for tensor in tensors:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        return dtype
+
+    @cached_property
+    def _bags(self) -> plain.Rows | None:
+        """Where each expert's rows lie, if all lie in one slab."""
+        if self.resident or len(self.slabs) != 1:
+            return None
+        slab, device = self.slabs[0], self.device
+        return plain.Rows(
+            slab.a,
+            slab.b,
+            torch.tensor([run.start for run in self.runs], device=device),
+            None if min(self.ranks) == self.widest else torch.tensor(self.ranks, device=device),
+            torch.tensor(self.scalings, device=device),
+            self.widest,
+        )
 
     def _rows(self, expert: int) -> Factors:
         """An expert's A (r, i) and B by rows (r, o), as views."""
@@ -332,8 +376,8 @@ class Bank:
             return True
         if kernels.compiled(x) and self._compiled_takes(x):
             return crossover.compiled_groups(x.shape[0], len(self), chosen)
-        features = self.in_features + self.out_features
-        return crossover.plain_groups(x.shape[0], len(self), chosen, sum(self.ranks), features)
+        rows = sum(self.ranks) * (self.in_features + self.out_features)
+        return crossover.plain_groups(x.shape[0], len(self), chosen, rows)
 
     def _read(self, chosen: Chosen, resident: Resident) -> None:
         """Mark the chosen experts as read."""

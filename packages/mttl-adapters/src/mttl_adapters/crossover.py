@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-# What the two ways of plain torch cost, in multiply-adds of the dense one. Fitted to timings on 2
-# CPU cores, float32, layers of 576 to 2048 features, rank 16, 8 to 128 experts, 8 to 1024 tokens:
-# dense is then ahead up to 8 to 16 experts in prefill, up to 32 to 64 when 8 rows decode.
+# What the two ways of plain torch cost, in multiply-adds of the dense one. Timed on 2 CPU cores,
+# float32, layers of 576 to 1536 features, rank 16, 8 to 256 experts, 8 and 2,048 tokens.
 DENSE_TOKENS = 24  # fewer tokens cost as much: the stacks must be read once
-GATHER_RANKS = 48  # fetching a chosen token and adding its result costs as much as these ranks
-GROUP_COST = 2_500_000  # what one expert's pair of small products costs beside its arithmetic
+PLAIN_PAIR = 6  # a pair of token and expert by rows, in those of a dense product
+PLAIN_CALL = 8_000_000  # to sort the pairs and find the rows
 
 # A pair of token and expert in the compiled kernel, in those of a dense product over all experts.
 COMPILED_PAIR = 1.6
@@ -18,16 +17,14 @@ def compiled_groups(tokens: int, experts: int, chosen: int) -> bool:
     return tokens < DENSE_TOKENS or chosen * COMPILED_PAIR < tokens * experts
 
 
-def plain_groups(tokens: int, experts: int, chosen: int, ranks: int, features: int) -> bool:
-    """Whether sort-and-group in plain torch is ahead of the dense products.
+def plain_groups(tokens: int, experts: int, chosen: int, numbers: int) -> bool:
+    """Whether plain torch is ahead of the dense products by taking the chosen alone.
 
     Args:
         tokens: of the input.
         experts: of the bank.
         chosen: choices among all tokens.
-        ranks: of all experts together.
-        features: of input and output together.
+        numbers: of all factors together.
     """
-    dense = max(tokens, DENSE_TOKENS) * ranks * features
-    arithmetic = chosen * (ranks / max(1, experts) + GATHER_RANKS) * features
-    return arithmetic + min(chosen, experts) * GROUP_COST < dense
+    mean = numbers / max(1, experts)
+    return chosen * PLAIN_PAIR * mean + PLAIN_CALL < max(tokens, DENSE_TOKENS) * numbers

@@ -5,45 +5,148 @@ Factors come as A (r, i) and B by rows, (r, o), one pair an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mttl_adapters.chosen import Chosen
 
 Factors = Callable[[int], tuple[Tensor, Tensor, float]]
 
-# Numbers that the copies of the sorted tokens may hold at a time, 24 MB of float32.
-GATHERED = 6 * 2**20
+# Pairs of token and expert that are worked on at a time: what they need stays in the caches, and
+# is too small for the allocator to fetch it from the system anew, page by page.
+PAIRS = 512
+# Tokens of a line of one choice from which on they are taken as they lie.
+LINE = 16
 
 
-def dense(x: Tensor, a: Tensor, b: Tensor, per_rank: Tensor) -> Tensor:
-    """Two products over all ranks: x (t, i), A (R, i), B (R, o), gates of ranks (t, R or 1)."""
+def dense(x: Tensor, a: Tensor, b: Tensor, per_rank: Tensor, out: Tensor | None = None) -> Tensor:
+    """Two products over all ranks: x (t, i), A (R, i), B (R, o), gates of ranks (t, R or 1).
+
+    Returns:
+        (t, o); ``out`` itself, with them added, where it is given, of the dtype of x.
+    """
     hidden = x @ a.to(x.dtype).T  # (t, R)
-    return (hidden * per_rank).to(x.dtype) @ b.to(x.dtype)
+    hidden = (hidden * per_rank).to(x.dtype)
+    return hidden @ b.to(x.dtype) if out is None else out.addmm_(hidden, b.to(x.dtype))
 
 
 def before(x: Tensor, a: Tensor, b: Tensor, gates: Tensor, scalings: Tensor) -> Tensor:
     """(Σ g s B)(Σ g A) x for experts of one rank: A (e r, i), B (e r, o), gates (t, e)."""
-    hidden = (x @ a.to(x.dtype).T).unflatten(1, (gates.shape[1], -1))  # (t, e, r)
+    hidden = x @ a.to(x.dtype).T
+    hidden = hidden.view(*gates.shape, a.shape[0] // gates.shape[1])  # (t, e, r)
     mixed = (hidden * gates.unsqueeze(2)).sum(dim=1, keepdim=True)  # (t, 1, r)
     hidden = (mixed * (gates * scalings).unsqueeze(2)).flatten(1)  # (t, e r)
-    return hidden.to(x.dtype) @ b.to(x.dtype)
+    out: Tensor = hidden.to(x.dtype) @ b.to(x.dtype)
+    return out
 
 
 def grouped(x: Tensor, factors: Factors, chosen: Chosen, out: Tensor) -> Tensor:
     """``out`` (t, o), added to by one pair of products for each expert that some token chose."""
-    if chosen.tokens >= 16 and not out.requires_grad:
+    if chosen.tokens >= LINE and not out.requires_grad:
         return _by_rows(x, factors, chosen, out)
     chosen = chosen.each()
     if torch.is_grad_enabled():
         return _differentiable(x, factors, chosen, out)
-    k = max(1, chosen.experts.shape[1])
-    step = max(1, GATHERED // (k * max(x.shape[1], out.shape[1])))
-    for start in range(0, x.shape[0], step):
-        part = slice(start, start + step)
-        _sorted(x[part], factors, chosen.experts[part], chosen.weights[part], out[part])
+    order, found, sizes = sorted_pairs(chosen.experts)
+    k, weights = chosen.experts.shape[1], chosen.weights.flatten()
+    for block in _blocks(found, sizes):
+        pairs = order[block[0].start : block[-1].stop]
+        token_of = pairs // max(1, k)
+        taken = x.index_select(0, token_of)
+        scaled = weights.index_select(0, pairs).unsqueeze(1)
+        updates = x.new_empty(len(pairs), out.shape[1])
+        for expert, start, stop in block:
+            rows = slice(start - block[0].start, stop - block[0].start)
+            a, b, scaling = factors(expert)
+            hidden = torch.mm(taken[rows], a.to(x.dtype).T)
+            hidden = (hidden * (scaled[rows] * scaling)).to(x.dtype)
+            torch.mm(hidden, b.to(x.dtype), out=updates[rows])
+        out.index_add_(0, token_of, updates.to(out.dtype))
+    return out
+
+
+class _Part(NamedTuple):
+    """Some of the sorted pairs of one expert."""
+
+    expert: int
+    start: int
+    stop: int
+
+
+def _blocks(found: list[int], sizes: list[int]) -> Iterator[list[_Part]]:
+    """The sorted pairs in parts of one expert each, as many parts at a time as make PAIRS."""
+    block: list[_Part] = []
+    place = 0
+    for expert, size in zip(found, sizes, strict=True):
+        for start in range(place, place + size, PAIRS):
+            part = _Part(expert, start, min(start + PAIRS, place + size))
+            if block and part.stop - block[0].start > PAIRS:
+                yield block
+                block = []
+            block.append(part)
+        place += size
+    if block:
+        yield block
+
+
+class Rows(NamedTuple):
+    """Where the rows of each expert lie in A (R, i) and B by rows (R, o).
+
+    Attributes:
+        a: (R, i).
+        b: (R, o).
+        starts: (e,) int64, the first row of each expert.
+        ranks: (e,) int64; None where all are the widest.
+        scalings: (e,) float.
+        widest: the largest rank.
+    """
+
+    a: Tensor
+    b: Tensor
+    starts: Tensor
+    ranks: Tensor | None
+    scalings: Tensor
+    widest: int
+
+
+def bagged(x: Tensor, rows: Rows, chosen: Chosen, out: Tensor) -> Tensor:
+    """``out`` (t, o), added to row by row of the factors, with no loop over the experts.
+
+    Every pair of token and expert is a bag of the expert's rows, in the words of
+    ``embedding_bag``: B h is a weighted sum of rows, and A x, a product with each row, is what its
+    gradient in the weights computes. No gradients go through here. Ranks are padded to the widest
+    by rows of weight 0. The device is never waited for.
+    """
+    width = rows.widest
+    if not width:
+        return out
+    experts = chosen.experts.flatten()
+    order = torch.argsort(experts, stable=True)  # an expert's rows are then read once
+    experts, token_of = experts[order], order // max(1, chosen.experts.shape[1])
+    scaled = chosen.weights.flatten()[order] * rows.scalings[experts]
+    scaled = torch.where(experts < 0, 0, scaled).unsqueeze(1)
+    place = torch.arange(width, device=x.device)
+    bags = rows.starts[experts].unsqueeze(1) + place  # (pairs, r)
+    if rows.ranks is not None:
+        ranks = rows.ranks[experts].unsqueeze(1)
+        bags = bags.minimum((bags[:, :1] + ranks - 1).clamp(min=0))
+        scaled = torch.where(place < ranks, scaled, 0)
+    begin = torch.arange(0, PAIRS * width, width, device=x.device)
+    bag_of = begin.repeat_interleave(width) // width
+    for start in range(0, len(order), PAIRS):
+        part = slice(start, start + PAIRS)
+        taken = x.index_select(0, token_of[part])
+        some = bags[part]
+        hidden = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            taken, rows.a, some.flatten(), begin[: len(some)], bag_of[: some.numel()], 0
+        )
+        hidden = (hidden.view(some.shape) * scaled[part]).to(x.dtype)
+        updates = functional.embedding_bag(some, rows.b, per_sample_weights=hidden, mode="sum")
+        out.index_add_(0, token_of[part], updates.to(out.dtype))
     return out
 
 
@@ -56,22 +159,6 @@ def sorted_pairs(experts: Tensor) -> tuple[Tensor, list[int], list[int]]:
     if found and found[0] < 0:  # NONE comes first
         return order[sizes[0] :], found[1:], sizes[1:]
     return order, found, sizes
-
-
-def _sorted(x: Tensor, factors: Factors, experts: Tensor, weights: Tensor, out: Tensor) -> None:
-    order, found, sizes = sorted_pairs(experts)
-    if not found:
-        return
-    dtype, token_of = x.dtype, order // experts.shape[1]
-    scaled = weights.flatten()[order].unsqueeze(1)
-    taken, start = x[token_of], 0
-    updates = x.new_empty(len(order), out.shape[1])
-    for expert, size in zip(found, sizes, strict=True):
-        a, b, scaling = factors(expert)
-        rows = slice(start, start := start + size)
-        hidden = torch.mm(taken[rows], a.to(dtype).T)
-        torch.mm((hidden * (scaled[rows] * scaling)).to(dtype), b.to(dtype), out=updates[rows])
-    out.index_add_(0, token_of, updates.to(out.dtype))
 
 
 def _by_rows(x: Tensor, factors: Factors, chosen: Chosen, out: Tensor) -> Tensor:
