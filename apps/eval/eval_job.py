@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from eval_options import FITTED, EvalOptions
 from eval_routing import in_words, over_tasks, routing_accuracy
 from rich.table import Table
@@ -230,13 +231,15 @@ class Evaluation:
         ):
             yield routed
 
-    def _prompts(self) -> dict[str, list[str]]:
-        """Prompts of the rows that a router is fitted on: of each expert, or task for lorauter."""
-        found: dict[str, list[str]] = {}
+    def _prompts(self) -> dict[str, list[dict[str, torch.Tensor]]]:
+        """What a router is fitted on, as the model is asked: of each expert, or task (lorauter)."""
+        found: dict[str, list[dict[str, torch.Tensor]]] = {}
         for expert in self.experts:
+            writer = self._writer(expert)
             for row in self._router_rows(expert):
                 whose = row.task_name if self.options.route == "lorauter" else expert.name
-                found.setdefault(whose, []).append(row.source)
+                ids = torch.tensor([writer.prompt(row).input_ids])
+                found.setdefault(whose, []).append({"input_ids": ids})
         return found
 
     def _batches(self, expert: Expert) -> Batches:
@@ -245,17 +248,20 @@ class Evaluation:
 
     def _written(self, expert: Expert, rows: Sequence[Row]) -> Batches:
         """Rows with their answers, as the expert was trained on such."""
+        return Batches(
+            self._writer(expert).examples(rows),
+            min(self.options.batch_size, ROUTER_BATCH),
+            pad_id=self.base.tokenizer.pad_token_id,
+        )
+
+    def _writer(self, expert: Expert) -> PromptWriter:
+        """Writes rows as those were that the expert was trained on."""
         options, trained = self.options, expert.expert_info.training_config or {}
-        writer = PromptWriter(
+        return PromptWriter(
             self.base.tokenizer,
             max_length=context_length(self.base.model),
             max_input_length=options.max_input_length or trained.get("max_input_length"),
             max_output_length=options.max_output_length or trained.get("max_output_length"),
-        )
-        return Batches(
-            writer.examples(rows),
-            min(options.batch_size, ROUTER_BATCH),
-            pad_id=self.base.tokenizer.pad_token_id,
         )
 
     def _router_rows(self, expert: Expert) -> list[Row]:

@@ -101,9 +101,11 @@ class EvalOptions:
 
     @property
     def learning(self) -> dict[str, Any]:
-        """How many rows a router that learns is shown."""
-        learns = self.route in (*LEARNERS, *FITTED)
-        return {"router_rows": self.router_rows} if learns else {}
+        """How many rows a router that learns is shown, and as what."""
+        rows = {"router_rows": self.router_rows}
+        if self.route in FITTED:
+            return rows | {"prompts": "as asked"}
+        return rows if self.route in LEARNERS else {}
 
     @property
     def learns_from_batches(self) -> bool:

@@ -7,6 +7,7 @@ import pytest
 
 from mttl_experts import ExpertLibrary
 from mttl_routing import MERGES
+from mttl_routing.routers import Predictor
 from mttl_storage import Repository
 
 
@@ -112,6 +113,32 @@ def test_a_setting_that_nothing_uses_is_said_to_be_so(library, evaluate, way, sa
     assert outcome.exit_code == 0, outcome.output
     assert outcome.output.count(says) == 1
     assert " is for --route" not in evaluate("--route", "arrow", "--top-k", "2").output
+
+
+def test_a_router_of_prompts_is_fitted_on_them_as_they_are_asked(library, evaluate, monkeypatch):
+    asked, shown = [], []
+
+    class Spy(Predictor):
+        @classmethod
+        def fit(cls, experts, examples, **options):
+            shown.extend(tuple(one["input_ids"][0].tolist()) for one in examples["copy_first"])
+            return super().fit(experts, examples, **options)
+
+        def decide(self, prompt):
+            for ids, mask in zip(prompt.input_ids, prompt.attention_mask, strict=True):
+                asked.append(tuple(ids[mask > 0].tolist()))
+            return super().decide(prompt)
+
+    monkeypatch.setattr("mttl_routing.routers.Predictor", Spy)
+    outcome = evaluate("--route", "predictor", "--router-rows", "6", "--test-rows", "4")
+    assert outcome.exit_code == 0, outcome.output
+    assert len(shown) == 6
+    assert len(asked) >= 8
+    places = enumerate(zip(*shown, *asked, strict=False))
+    same = next(place for place, ids in places if len(set(ids)) > 1)
+    assert (
+        same > 3
+    )  # the instruction comes before what is asked, and the template where there is one
 
 
 def test_routing_accuracy_is_told_by_layer(library, evaluate):
