@@ -158,6 +158,8 @@ def test_what_does_not_fit_is_named_by_its_experts(base, make_expert, mixed_expe
     empty = Expert(make_expert("zoe").expert_info)
     for given in (None, BankFiles(tmp_path)):
         with pytest.raises(IncompatibleExpertError, match=r"q_proj' is \(32, 32\).*'anna'.*'zoe'"):
+            RoutedModel.from_experts([anna, narrow], "uniform", base_model=base, bank_files=given)
+        with pytest.raises(IncompatibleExpertError, match=r"q_proj' has 32 in.*'anna'.*'zoe'"):
             RoutedModel.from_experts([anna, narrow], base_model=base, bank_files=given)
         with pytest.raises(UnsupportedAdapterError, match="'zoe' has no weights"):
             RoutedModel.from_experts([anna, empty], "uniform", base_model=base, bank_files=given)

@@ -65,6 +65,10 @@ class Layer:
             self._kept.setdefault(key, make())
         return cast("Made", self._kept[key])
 
+    def forget(self, key: Hashable) -> None:
+        """Drop what :meth:`once` keeps under a key, if there is something."""
+        self._kept.pop(key, None)
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:

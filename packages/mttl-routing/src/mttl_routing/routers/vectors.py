@@ -12,8 +12,8 @@ from mttl_adapters.scores import Keys, top_k
 from mttl_experts import Expert
 from mttl_routing.routers.choice import Choice
 from mttl_routing.routers.protocol import Layer, Rows
+from mttl_routing.routers.stacked import Stacked, Vectors
 
-Vectors = Mapping[str, Tensor]
 Best = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -32,9 +32,9 @@ class VectorRouter:
     """Whether the size of a score counts, whatever its sign."""
 
     def __init__(self, vectors: Mapping[str, Vectors], choice: Choice | None = None) -> None:
-        """Keep the vectors; they are stacked when a layer first asks."""
+        """Stack the vectors."""
         self.choice = Choice() if choice is None else choice
-        self._vectors = dict(vectors)
+        self._stacked = Stacked(vectors, self.key)
 
     def gates(self, x: Tensor, layer: Layer, rows: Rows) -> Chosen:
         """(t, k) experts, the best first, and their weights."""
@@ -50,8 +50,8 @@ class VectorRouter:
 
     def follow(self, added: Sequence[Expert], removed: Sequence[str]) -> None:
         """Take up the vectors of new experts, and forget those of others."""
-        kept = {name: v for name, v in self._vectors.items() if name not in set(removed)}
-        self._vectors = kept | {expert.name: self.vectors_of(expert) for expert in added}
+        new = {expert.name: self.vectors_of(expert.unread()) for expert in added}
+        self._stacked = self._stacked.changed(new, removed)
 
     def vectors_of(self, expert: Expert) -> Vectors:
         """Vectors of an expert that joins later.
@@ -83,9 +83,11 @@ class VectorRouter:
             found[layer.module] = (none, none.long(), none)
         if not some:
             return found
-        keys = some[0].once(
-            (self, tuple(layer.module for layer in some), x.device), lambda: self._keys(some, x)
-        )
+        modules = tuple(layer.module for layer in some)
+        keys = some[0].once((self, modules, x.device), lambda: self._keys(some, x))
+        if len(some) > 1:  # each was scored by itself until it was known that they go together
+            for layer in some:
+                layer.forget((self, (layer.module,), x.device))
         if self.choice.needs_all:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             everything: Sequence[Tensor | None] = torch.split(
@@ -106,11 +108,8 @@ class VectorRouter:
     def _keys(self, layers: Sequence[Layer], x: Tensor) -> Keys:
         return Keys(
             [
-                torch.stack(
-                    [
-                        self.key(self._vectors[layer.experts[column]][layer.module].float())
-                        for column in layer.present
-                    ]
+                self._stacked.rows(
+                    layer.module, [layer.experts[column] for column in layer.present]
                 ).to(x.device)
                 for layer in layers
             ]
