@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -318,3 +319,23 @@ def test_a_quantised_base_is_routed(base, mixed_experts, tokens, bits):
                 found.append(logits_of(routed, tokens))
         torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
     assert torch.equal(logits_of(quantised, tokens), before)
+
+
+def test_a_module_of_two_paths_is_one_layer_or_refused(base, make_expert, tokens):
+    """A block that stands twice in the model."""
+    twice = copy.deepcopy(base)
+    twice.model.layers[1] = twice.model.layers[0]
+    one, two, both = (make_expert("e", layers=layers) for layers in ((0,), (1,), (0, 1)))
+    with RoutedModel.from_experts([one], "uniform", base_model=twice) as routed:
+        expected = routed(tokens, use_cache=False).logits
+        assert not torch.equal(expected, base(tokens, use_cache=False).logits)
+        other = replace(two, expert_info=replace(two.expert_info, expert_name="f"))
+        with pytest.raises(IncompatibleExpertError, match=r"layers.0.*layers.1.*are one module"):
+            routed.add_expert(other)
+        torch.testing.assert_close(routed(tokens, use_cache=False).logits, expected)
+    weights = {n.replace("layers.0", "layers.1"): w for n, w in one.expert_weights.items()}
+    same = Expert(two.expert_info, weights)
+    with RoutedModel.from_experts([same], "uniform", base_model=twice) as routed:
+        torch.testing.assert_close(routed(tokens, use_cache=False).logits, expected)
+    with pytest.raises(IncompatibleExpertError, match=r"layers.0.*layers.1.*are one module"):
+        RoutedModel.from_experts([both], "uniform", base_model=twice)

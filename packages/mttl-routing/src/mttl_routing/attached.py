@@ -19,7 +19,7 @@ from torch import nn
 
 from mttl_adapters.bank import Bank
 from mttl_experts import Expert
-from mttl_routing.attachment import Base, attachment_points
+from mttl_routing.attachment import Base, attachment_points, check_one_path
 from mttl_routing.call import Scope, scope_of, scoped
 from mttl_routing.cohort import check_one_base
 from mttl_routing.hooks import Hooks
@@ -72,7 +72,8 @@ class AttachedExperts:
             raise ValueError(f"experts of one name cannot be told apart: {names!r}")
         experts = [expert.unread() for expert in experts]
         banks = source.banks(experts)
-        points = attachment_points(base, experts, banks, strict=strict)
+        self._points = attachment_points(base, experts, banks, strict=strict)
+        check_one_path(self._points)
         self._source, self._strict = source, strict
         self._changing = threading.Lock()
         self._hooks = Hooks(
@@ -84,7 +85,7 @@ class AttachedExperts:
             tokenizer=tokenizer or base.tokenizer,
         )
         self._check_combined(self._hooks.roster)
-        self._hooks.attach(points)
+        self._hooks.attach(self._points)
         _ROUTED.add(self.model)
 
     # What holds inside a block, in this thread.
@@ -237,7 +238,9 @@ class AttachedExperts:
             old = self._hooks.roster
             check_one_base([*old.experts, expert], strict=self._strict)
             own = self._source.banks([expert])
-            points = attachment_points(self._base, [expert], own, strict=self._strict)
+            new = attachment_points(self._base, [expert], own, strict=self._strict)
+            points = {**self._points, **new}
+            check_one_path(points)
             roster = change(old, expert.unread(), own)
             self._check_combined(roster)
             if isinstance(self.router, FollowsExperts):
@@ -246,7 +249,8 @@ class AttachedExperts:
             self._hooks.roster = roster
             self._source.changed()
             if self._hooks.attached:
-                self._hooks.attach_layers(points)
+                self._hooks.attach_layers(new)
+            self._points = points
 
     def _check_combined(self, roster: Roster) -> None:
         """Refuse ranks that cannot be averaged now, not at the first token."""

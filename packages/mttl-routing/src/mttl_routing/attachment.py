@@ -110,6 +110,22 @@ def attachment_points(
     return {path: modules[path] for path in banks}
 
 
+def check_one_path(points: Mapping[str, nn.Module]) -> None:
+    """Refuse a module that is adapted under two of its paths: it would be a layer twice.
+
+    Raises:
+        IncompatibleExpertError: naming both.
+    """
+    seen: dict[nn.Module, str] = {}
+    for path, module in points.items():
+        other = seen.setdefault(module, path)
+        if other != path:
+            raise IncompatibleExpertError(
+                f"{other!r} and {path!r} are one module of the base model, and experts adapt it "
+                "under both names; rename the tensors of those that have the second"
+            )
+
+
 def _instead(path: str, expert: Expert) -> str:
     """What to do about a module that the base lacks."""
     if re.search(r"\.experts\.\d+\.", path):
