@@ -1,5 +1,7 @@
 """Generated experts of SmolLM2-135M's shapes, for the benchmarks beside it."""
 
+from typing import Any
+
 HIDDEN, KEY_VALUE, INTERMEDIATE = 576, 192, 1536
 SHAPES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
@@ -10,10 +12,12 @@ SHAPES = {
     "mlp.up_proj": (INTERMEDIATE, HIDDEN),
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
+# Experts that one commit takes; their bytes are in memory until it is made.
+TOGETHER = 64
 
 
-def make_library(folder: str, count: int, rank: int, layers: int) -> int:
-    """Generated experts on all linear modules; how many bytes they take."""
+def make_library(folder: str, count: int, rank: int, layers: int, dtype: Any = None) -> int:
+    """Generated experts on all linear modules, in float32 or a dtype; how many bytes they take."""
     import torch
 
     from mttl_experts import Expert, ExpertInfo, ExpertLibrary
@@ -27,17 +31,24 @@ def make_library(folder: str, count: int, rank: int, layers: int) -> int:
         "bias": "none",
     }
     library, size = ExpertLibrary(f"local://{folder}", create=True), 0
-    with library.batch():
-        for number in range(count):
-            generator = torch.Generator().manual_seed(number)
-            weights = {}
-            for layer in range(layers):
-                for name, (out_features, in_features) in SHAPES.items():
-                    key = f"base_model.model.model.layers.{layer}.{name}"
-                    for part, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
-                        tensor = torch.randn(shape, generator=generator) * 0.02
-                        weights[f"{key}.lora_{part}.weight"] = tensor
-                        size += tensor.nbytes
-            info = ExpertInfo(f"e{number:03d}", expert_config=config, expert_model="bench/base")
-            library.add_expert(Expert(info, weights))
+    for start in range(0, count, TOGETHER):
+        with library.batch():
+            for number in range(start, min(start + TOGETHER, count)):
+                weights = _weights(number, rank, layers, dtype or torch.float32)
+                size += sum(tensor.nbytes for tensor in weights.values())
+                info = ExpertInfo(f"e{number:03d}", expert_config=config, expert_model="bench/base")
+                library.add_expert(Expert(info, weights))
     return size
+
+
+def _weights(seed: int, rank: int, layers: int, dtype: Any) -> dict[str, Any]:
+    import torch
+
+    generator, weights = torch.Generator().manual_seed(seed), {}
+    for layer in range(layers):
+        for name, (out_features, in_features) in SHAPES.items():
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            for part, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
+                tensor = torch.randn(shape, generator=generator) * 0.02
+                weights[f"{key}.lora_{part}.weight"] = tensor.to(dtype)
+    return weights

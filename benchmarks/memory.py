@@ -1,0 +1,248 @@
+"""How long a routed model takes to build, and what it holds in memory, run by run.
+
+    uv run benchmarks/memory.py --experts 256 --layers 30 [--dtype bfloat16] --library FOLDER
+    uv run benchmarks/memory.py ... --bank-files FOLDER [--resident-gb 2]
+    uv run benchmarks/memory.py --experts 256 --layers 1 --peer
+
+Arrow over generated experts of rank 16 of SmolLM2-135M's shapes, kept in ``--library`` and made
+where it has fewer. Memory is that of the process beyond the base model (``RssAnon`` and ``RssFile``
+of /proc/self/status): after the build, and the peak while a forward of 8 x 256 tokens runs, less
+that of the base's own forward; ``share`` is the two together over the size of the factors. Each row
+is one JSON line: the first build, a forward, and a build with prototypes (and files) there. The
+logits of 16 tokens are compared with a loop over experts; nothing is reported if they differ.
+``--peer`` is PEFT's ``create_arrow_model`` instead.
+"""
+
+import argparse
+import gc
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from generated import make_library
+from routing import VOCABULARY, make_base
+
+from mttl_adapters import BankFiles
+from mttl_experts import ExpertLibrary, lora_modules
+from mttl_routing import RoutedModel
+from mttl_routing.routers import arrow_prototypes
+
+RANK, TOP_K, ROWS, TOKENS, MEGABYTE = 16, 2, 8, 256, 10**6
+
+
+def resident() -> dict[str, int]:
+    """Bytes of this process in memory: its own, and of mapped files."""
+    found = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in ("RssAnon", "RssFile"):
+            found[name] = int(value.split()[0]) * 1024
+    return found
+
+
+class Peak:
+    """The largest of what :func:`resident` says, each by itself and the two together."""
+
+    def __init__(self) -> None:
+        self.anon = self.file = self.both = 0
+
+    def look(self) -> None:
+        """Take in what is now."""
+        now = resident()
+        anon, file = now["RssAnon"], now["RssFile"]
+        self.anon, self.file = max(self.anon, anon), max(self.file, file)
+        self.both = max(self.both, anon + file)
+
+
+@contextmanager
+def watched() -> Iterator[Peak]:
+    """The peak while the block runs, looked at every 10 ms."""
+    peak, done = Peak(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak.look()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+        peak.look()
+
+
+@torch.no_grad()
+def forward(model: Any, ids: torch.Tensor) -> None:
+    """One prefill of all tokens."""
+    model(input_ids=ids, use_cache=False)
+
+
+def looped(base: Any, library: ExpertLibrary, ids: torch.Tensor) -> torch.Tensor:
+    """Logits by hooks that score all experts in float32 and add up those chosen, token by token."""
+    vectors: dict[str, list[torch.Tensor]] = {}
+    factors = [lora_modules(expert) for expert in library.values()]
+    for expert in library.values():
+        for path, vector in arrow_prototypes(expert).items():
+            vectors.setdefault(path, []).append(vector)
+    modules = dict(base.named_modules())
+
+    def hook(path: str, _: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        x = args[0].flatten(0, -2)
+        best = (x @ torch.stack(vectors[path]).T).abs().topk(TOP_K, dim=1)
+        added = torch.zeros(len(x), output.shape[-1])
+        for token, (experts, gates) in enumerate(
+            zip(best.indices.tolist(), best.values.softmax(dim=1), strict=True)
+        ):
+            for expert, gate in zip(experts, gates, strict=True):
+                f = factors[expert][path]
+                added[token] += gate * f.scaling * (f.b.float() @ (f.a.float() @ x[token]))
+        return output + added.view(output.shape)
+
+    with ExitStack() as stack:
+        for path in vectors:
+            handle = modules[path].register_forward_hook(partial(hook, path))
+            stack.callback(handle.remove)
+        logits: torch.Tensor = base(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+class Run:
+    """One system over one library, with the memory of the base to compare with."""
+
+    def __init__(self, library: ExpertLibrary, options: argparse.Namespace) -> None:
+        self.library, self.options = library, options
+        self.dtype = getattr(torch, options.dtype)
+        self.base = make_base(options.layers, torch.float32)
+        self.ids = torch.randint(VOCABULARY, (ROWS, TOKENS))
+        forward(self.base, self.ids)
+        gc.collect()
+        self.before = Peak()
+        self.before.look()
+        with watched() as self.bare:
+            forward(self.base, self.ids)
+        width = {torch.float32: 4, torch.bfloat16: 2}[self.dtype]
+        self.size = options.experts * RANK * options.layers * width * 10176
+
+    def row(self, what: str, peak: Peak, base: Peak, seconds: float, **more: Any) -> None:
+        """Print one line."""
+        options = self.options
+        row = {
+            "system": f"mttl, {'mapped' if options.bank_files else 'in memory'}",
+            "experts": options.experts,
+            "layers": options.layers,
+            "dtype": options.dtype,
+            "what": what,
+            "seconds": round(seconds, 2),
+            "factors_mb": round(self.size / MEGABYTE),
+            "anon_mb": round((peak.anon - base.anon) / MEGABYTE),
+            "file_mb": round((peak.file - base.file) / MEGABYTE),
+            "share": round((peak.both - base.both) / self.size, 3),
+        }
+        print(json.dumps(row | more), flush=True)
+
+    def build(self, what: str) -> RoutedModel:
+        """Build the routed model; rows of what is in memory meanwhile, and after."""
+        files = None
+        if self.options.bank_files:
+            bound = self.options.resident_gb
+            files = BankFiles(
+                self.options.bank_files,
+                dtype=self.dtype,
+                resident_bytes=None if bound is None else int(bound * 10**9),
+            )
+        start = time.perf_counter()
+        with watched() as peak:
+            routed = RoutedModel.from_library(
+                self.library, "arrow", TOP_K, base_model=self.base, bank_files=files,
+                dtype=self.dtype,
+            )  # fmt: skip
+        seconds = time.perf_counter() - start
+        gc.collect()
+        after = Peak()
+        after.look()
+        self.row(what, peak, self.before, seconds)
+        self.row(f"{what}, after", after, self.before, seconds)
+        return routed
+
+    def measure(self) -> None:
+        """All rows."""
+        routed = self.build("first build")
+        with torch.no_grad():
+            found = routed(input_ids=self.ids[:1, :16], use_cache=False).logits
+        for number in range(self.options.forwards):
+            start = time.perf_counter()
+            with watched() as peak:
+                forward(routed, self.ids)
+            self.row(f"forward {number + 1}", peak, self.bare, time.perf_counter() - start)
+        routed.remove()
+        del routed
+        gc.collect()
+        self.build("build again").remove()
+        if self.options.check:
+            self.check(found)
+
+    @torch.no_grad()
+    def check(self, found: torch.Tensor) -> None:
+        """End the run where logits are not those of a loop over all experts."""
+        expected = looped(self.base, self.library, self.ids[:1, :16])
+        error = float((found - expected).norm() / expected.norm())
+        if not error <= (1e-4 if self.dtype == torch.float32 else 5e-2):
+            raise SystemExit(f"logits differ by {error:.2e} of their norm")
+        print(json.dumps({"what": "check", "error": error}), flush=True)
+
+
+def peer(library: ExpertLibrary, options: argparse.Namespace) -> None:
+    """PEFT's Arrow over the same experts."""
+    from peft.tuners.lora import ArrowConfig, create_arrow_model
+
+    base = make_base(options.layers, torch.float32)
+    paths = [str(library.path(name)) for name in library.keys()[: options.experts]]
+    before, start = resident(), time.perf_counter()
+    model = create_arrow_model(base, paths, ArrowConfig(top_k=TOP_K))
+    seconds, after = time.perf_counter() - start, resident()
+    row = {
+        "system": f"peft arrow {type(model).__name__}", "experts": options.experts,
+        "layers": options.layers, "dtype": "float32", "what": "first build",
+        "seconds": round(seconds, 2),
+        "anon_mb": round((after["RssAnon"] - before["RssAnon"]) / MEGABYTE),
+        "file_mb": round((after["RssFile"] - before["RssFile"]) / MEGABYTE),
+    }  # fmt: skip
+    print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    """Open or make the library, and measure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--library", type=Path, required=True, help="Folder of the experts.")
+    parser.add_argument("--bank-files", type=Path, help="Map the experts from files here.")
+    parser.add_argument("--resident-gb", type=float, help="Bound of what those take.")
+    parser.add_argument("--forwards", type=int, default=3)
+    parser.add_argument("--check", action="store_true", help="Compare logits with a loop.")
+    parser.add_argument("--peer", action="store_true", help="PEFT instead.")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    if not options.library.exists():
+        dtype = getattr(torch, options.dtype)
+        make_library(str(options.library), options.experts, RANK, options.layers, dtype)
+    library = ExpertLibrary(f"local://{options.library}")
+    if options.peer:
+        peer(library, options)
+    else:
+        Run(library, options).measure()
+
+
+if __name__ == "__main__":
+    main()
