@@ -16,7 +16,7 @@ from mttl_adapters.kinds import linear_layers, lora_config
 from mttl_adapters.loop import Objective, mean_loss, train_parameters
 from mttl_adapters.losses import labelled_loss, linear_cross_entropy
 from mttl_adapters.scores import Keys, TopK, top_k
-from mttl_adapters.training import train_adapter
+from mttl_adapters.training import fresh_adapter, train_adapter
 from mttl_adapters.training_config import TrainedAdapter, TrainingConfig, TrainingReport
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingReport",
     "fingerprint",
+    "fresh_adapter",
     "labelled_loss",
     "linear_cross_entropy",
     "linear_layers",

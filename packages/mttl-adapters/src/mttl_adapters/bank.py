@@ -162,6 +162,20 @@ class Bank:
         slabs = [TensorSlab(slab.a.to(device), slab.b.to(device)) for slab in self.slabs]
         return replace(self, slabs=tuple(slabs), resident=None)
 
+    def learnable(self) -> Bank:
+        """A copy of this bank whose factors learn: one slab of two leaves, float32 at least.
+
+        The optimiser moves ``slabs[0].a`` and ``slabs[0].b`` in place.
+        """
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        a, b = (stack.detach().to(dtype, copy=True).contiguous() for stack in (self.a, self.b.T))
+        runs = tuple(Run(0, *each) for each in zip(self.starts, self.ranks, strict=True))
+        slab = TensorSlab(a.requires_grad_(), b.requires_grad_())
+        bank = replace(self, slabs=(slab,), runs=runs, dtype=dtype, resident=None)
+        with torch.enable_grad():  # a view made without gradients would let none through
+            _ = bank.b
+        return bank
+
     def factors(self) -> Iterator[Factors]:
         """Every expert's ``(a (r, i), b (o, r), scaling)``, as views of the slabs."""
         for expert in range(len(self)):

@@ -7,7 +7,8 @@ result is any good, is for others to say.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -51,36 +52,64 @@ def train_adapter(
         ValueError: there is nothing to train on, or the adapter attaches to no layer.
         DivergedError: a loss or a weight became infinite or no number.
     """
-    from peft import get_peft_model, get_peft_model_state_dict
+    with _adapted(model, adapter, config.seed) as peft_model:
+        peft_model.train()
+        report = train_parameters(
+            peft_model.get_base_model(),
+            {n: p for n, p in peft_model.named_parameters() if p.requires_grad},
+            batches,
+            config,
+            validation=validation,
+            checkpoint=checkpoint,
+            checkpoint_seconds=checkpoint_seconds,
+            progress=progress,
+        )
+        return TrainedAdapter(
+            weights=_weights(peft_model),
+            config=plain_config(peft_model.peft_config["default"]),
+            **{field.name: getattr(report, field.name) for field in fields(report)},
+        )
 
-    with seeded(model, config.seed):
+
+def fresh_adapter(model: Any, adapter: Any, seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An untrained adapter of a model: its tensors under their PEFT names, and its plain config.
+
+    Args:
+        model: a transformers model, which is given back untouched.
+        adapter: a PEFT config.
+        seed: of the initial weights.
+    """
+    with _adapted(model, adapter, seed) as peft_model:
+        return _weights(peft_model), plain_config(peft_model.peft_config["default"])
+
+
+@contextmanager
+def _adapted(model: Any, adapter: Any, seed: int) -> Iterator[Any]:
+    """The model as PEFT adapts it, for as long as the block lasts, with random numbers of its own.
+
+    The model is then in evaluation mode.
+    """
+    from peft import get_peft_model
+
+    with seeded(model, seed):
         with warnings.catch_warnings():
             # PEFT asks transformers' models under a name that they are about to drop.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             peft_model = get_peft_model(model, adapter)
         try:
-            peft_model.train()
-            report = train_parameters(
-                peft_model.get_base_model(),
-                {n: p for n, p in peft_model.named_parameters() if p.requires_grad},
-                batches,
-                config,
-                validation=validation,
-                checkpoint=checkpoint,
-                checkpoint_seconds=checkpoint_seconds,
-                progress=progress,
-            )
-            weights = get_peft_model_state_dict(peft_model)
-            return TrainedAdapter(
-                weights={n: w.detach().to("cpu", copy=True) for n, w in weights.items()},
-                config=plain_config(peft_model.peft_config["default"]),
-                **{field.name: getattr(report, field.name) for field in fields(report)},
-            )
+            yield peft_model
         finally:
             peft_model.unload()
             if hasattr(model, "peft_config"):
                 del model.peft_config
             model.eval()
+
+
+def _weights(peft_model: Any) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(peft_model)
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
 
 def plain_config(config: Any) -> dict[str, Any]:
