@@ -60,6 +60,19 @@ def test_the_example_of_a_router_that_learns_runs(base, mixed_experts, tokens, t
         assert model(tokens).logits.shape == (3, 9, 61)
 
 
+def test_the_example_of_training_runs(base, mixed_experts, tokens, tmp_path, blocks, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    library = ExpertLibrary("local://library", create=True)
+    for expert in mixed_experts:
+        library.add_expert(expert)
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    names = {"library": library, "base": base, "mixture": [batch] * 2}
+    exec(blocks[3], names)
+    names["again"].remove()
+    for name, value in names["routed"].router.state_dict().items():
+        assert torch.equal(value, names["again"].router.state_dict()[name])
+
+
 def test_the_first_example_runs(base, mixed_experts, tmp_path, blocks, monkeypatch, capsys):
     class Tokenizer:
         def __call__(self, text: str, return_tensors: str) -> dict[str, torch.Tensor]:

@@ -50,14 +50,21 @@ def last_hidden_state(model: Any, input_ids: Tensor, attention_mask: Tensor) -> 
     Raises:
         BaseModelError: the model scales or caps its logits after the head, which this would skip.
     """
-    for name in _AFTER_HEAD:
-        if getattr(model.config, name, None) not in (None, 1, 1.0):
-            raise BaseModelError(
-                f"{type(model).__name__} applies {name!r} to its logits, which the chunked loss "
-                f"does not; train it with a model class that has a plain linear head"
-            )
+    if name := scales_logits(model.config):
+        raise BaseModelError(
+            f"{type(model).__name__} applies {name!r} to its logits, which the chunked loss "
+            f"does not; train it with a model class that has a plain linear head"
+        )
     output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return output[0]  # type: ignore[no-any-return]
+
+
+def scales_logits(config: Any) -> str | None:
+    """What a model of this config does to its logits after the head; None for nothing."""
+    for name in _AFTER_HEAD:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            return name
+    return None
 
 
 # Config entries by which transformers' models change logits after the head

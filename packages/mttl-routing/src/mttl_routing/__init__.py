@@ -3,6 +3,7 @@
 from mttl_routing.checkpoint import merge_into_checkpoint
 from mttl_routing.cohort import check_one_base
 from mttl_routing.conversion import as_lora
+from mttl_routing.losses import load_balance, mutual_information
 from mttl_routing.merge import merge
 from mttl_routing.merges import MERGES, LowRank, Merge, MergeRule, Update
 from mttl_routing.routed_model import RoutedModel, apply_expert
@@ -16,14 +17,18 @@ from mttl_routing.routers import (
     Layer,
     Logo,
     Lorauter,
+    Mlp,
     NormRouter,
     Phatgoose,
+    Poly,
     Predictor,
+    ProductKey,
     Prompt,
     Retrieval,
     Router,
     Rows,
     SequenceRouter,
+    Softmax,
     Task,
     Uniform,
     calibration,
@@ -31,6 +36,7 @@ from mttl_routing.routers import (
     train_gates,
 )
 from mttl_routing.trace import Trace
+from mttl_routing.training import train
 
 __all__ = [
     "MERGES",
@@ -46,15 +52,19 @@ __all__ = [
     "LowRank",
     "Merge",
     "MergeRule",
+    "Mlp",
     "NormRouter",
     "Phatgoose",
+    "Poly",
     "Predictor",
+    "ProductKey",
     "Prompt",
     "Retrieval",
     "RoutedModel",
     "Router",
     "Rows",
     "SequenceRouter",
+    "Softmax",
     "Task",
     "Trace",
     "Uniform",
@@ -64,7 +74,10 @@ __all__ = [
     "calibration",
     "centroids",
     "check_one_base",
+    "load_balance",
     "merge",
     "merge_into_checkpoint",
+    "mutual_information",
+    "train",
     "train_gates",
 ]

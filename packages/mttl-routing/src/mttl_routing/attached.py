@@ -85,6 +85,8 @@ class AttachedExperts:
             tokenizer=tokenizer or base.tokenizer,
         )
         self._check_combined(self._hooks.roster)
+        if isinstance(router, nn.Module):
+            router.to(self.model.device)
         self._hooks.attach(self._points)
         _ROUTED.add(self.model)
 
@@ -139,6 +141,12 @@ class AttachedExperts:
     def experts(self) -> tuple[str, ...]:
         """Names of the experts in the order of the gates' columns: sorted, then as added."""
         return self._hooks.roster.names
+
+    def expert(self, name: str) -> Expert:
+        """One of the experts, with the weights that it has now, as after training."""
+        roster = self._hooks.roster
+        roster.known([name])
+        return roster.experts[roster.names.index(name)]
 
     @property
     def enabled(self) -> tuple[str, ...]:

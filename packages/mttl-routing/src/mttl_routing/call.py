@@ -6,7 +6,7 @@ other's. It is made where the forward enters the model and gone when that return
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -51,6 +51,7 @@ class Scope:
         bare: whether the base computes alone.
         generation: the run of ``generate`` that the forwards belong to.
         trace: what is told of every gate.
+        watch: what is told of every decision of a router for tokens, while it learns.
     """
 
     tasks: Tasks = None
@@ -58,6 +59,7 @@ class Scope:
     bare: bool = False
     generation: Generation | None = None
     trace: Trace | None = None
+    watch: Callable[..., None] | None = None
 
 
 @dataclass(eq=False)
@@ -75,6 +77,7 @@ class Call:
         start: tokens of each row that the cache holds already.
         states: the encoder's output that a decoder reads.
         trace: what is told of every gate.
+        watch: what is told of every decision, as in :class:`Scope`.
         outer: the forward of the same model that this one is inside of.
         gates: those that several layers share, by the group of layers.
     """
@@ -88,6 +91,7 @@ class Call:
     start: int = 0
     states: Tensor | None = None
     trace: Trace | None = None
+    watch: Callable[..., None] | None = None
     outer: Call | None = None
     gates: dict[Hashable, Gates] = field(default_factory=dict, init=False)
     _input: Tensor | None = field(default=None, init=False)

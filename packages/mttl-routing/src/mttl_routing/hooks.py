@@ -135,11 +135,13 @@ class Hooks:
             return
         inputs = {**dict(zip(self._entries[module], args, strict=False)), **kwargs}
         roster = self.roster.without(scope.without)
-        call = Call(module, roster, self._together, trace=scope.trace, outer=outer)
+        call = Call(
+            module, roster, self._together, trace=scope.trace, watch=scope.watch, outer=outer
+        )
         ids = first(inputs.get("input_ids"), inputs.get("inputs_embeds"))
         if ids is not None and self._encoder is None:
             call.shape = (ids.shape[0], ids.shape[1])
-        if scope.trace is not None:
+        if scope.trace is not None or scope.watch is not None:
             kept = cache_among(inputs)
             call.start = 0 if kept is None else int(kept.get_seq_length())
             if ids is not None:
@@ -210,6 +212,8 @@ class Hooks:
             shared = None if group is None else (group, x is call.states, x.shape[:-1])
             found = None if shared is None else call.gates.get(shared)
             gates = self.router.gates(flat, layer, rows) if found is None else _on(found, x.device)
+            if found is None and call.watch is not None:
+                call.watch(self.router, flat, layer, rows, gates, call)
             if shared is not None and found is None:
                 call.gates[shared] = gates
         if layer.disabled:

@@ -323,6 +323,8 @@ class RoutedModel(AttachedExperts):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the base; the experts follow when they meet its tensors."""
         self.model.to(*args, **kwargs)
+        if isinstance(self.router, nn.Module):
+            self.router.to(self.model.device)
         return self
 
     def train(self, mode: bool = True) -> Self:

@@ -16,11 +16,15 @@ from mttl_routing.routers.data import Batch, data_digest, fingerprint_of
 from mttl_routing.routers.embedding import Example
 from mttl_routing.routers.fixed import Fixed
 from mttl_routing.routers.kept import Tensors, kept_each
+from mttl_routing.routers.learned import widths_of
 from mttl_routing.routers.logo import Logo
 from mttl_routing.routers.lorauter import Lorauter
+from mttl_routing.routers.mlp import Mlp
 from mttl_routing.routers.norms import NormRouter, calibration, norm_factors
 from mttl_routing.routers.phatgoose import Phatgoose, train_gates
+from mttl_routing.routers.poly import Poly
 from mttl_routing.routers.predictor import Predictor
+from mttl_routing.routers.product_key import ProductKey
 from mttl_routing.routers.protocol import (
     AnyRouter,
     FollowsExperts,
@@ -33,6 +37,7 @@ from mttl_routing.routers.protocol import (
 )
 from mttl_routing.routers.prototypes import arrow_prototypes
 from mttl_routing.routers.retrieval import Retrieval
+from mttl_routing.routers.softmax import Softmax
 from mttl_routing.routers.task import Task
 from mttl_routing.routers.uniform import Uniform
 
@@ -49,9 +54,12 @@ __all__ = [
     "Layer",
     "Logo",
     "Lorauter",
+    "Mlp",
     "NormRouter",
     "Phatgoose",
+    "Poly",
     "Predictor",
+    "ProductKey",
     "Prompt",
     "Retrieval",
     "Router",
@@ -59,6 +67,7 @@ __all__ = [
     "RouterOptions",
     "Rows",
     "SequenceRouter",
+    "Softmax",
     "Task",
     "Tasks",
     "Uniform",
@@ -85,6 +94,9 @@ class RouterOptions:
         threshold: least share of an expert.
         null: whether the base itself stands to choice.
         weights: the expert, or the gate of each expert by name, for ``fixed``.
+        seed: of the initial parameters of routers that learn.
+        hidden: size of what such a router compares, or has between two maps.
+        tasks: that ``poly`` learns of; None is those of the experts.
         batches: data of each expert, for routers that learn from it.
         examples: prompts of each expert, or of each task (``lorauter``), by its name, for routers
             that are fitted on them.
@@ -100,6 +112,9 @@ class RouterOptions:
     threshold: float | None = None
     null: bool = False
     weights: str | Mapping[str, float] | None = None
+    seed: int = 0
+    hidden: int = 64
+    tasks: Sequence[str] | None = None
     batches: Batches | None = None
     examples: Mapping[str, Iterable[Example]] | None = None
     then: str | Router | None = None
@@ -114,10 +129,17 @@ class RouterOptions:
 
 @dataclass(frozen=True)
 class RouterKind:
-    """One router: how it is built from the experts, and where it was published."""
+    """One router: how it is built from the experts, and where it was published.
+
+    Attributes:
+        build: makes it.
+        paper: its address.
+        learned: whether it means nothing before it was trained.
+    """
 
     build: Callable[[Sequence[Expert], RouterOptions], AnyRouter]
     paper: str
+    learned: bool = False
 
 
 def _arrow(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
@@ -186,6 +208,33 @@ def _retrieval(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
     return Retrieval.fit(experts, **fitting, top_k=options.top_k, tokens=tokens)
 
 
+def _softmax(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    names, widths = _learning(experts)
+    return Softmax(names, widths, options.choice, hidden=options.hidden, seed=options.seed)
+
+
+def _product_key(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    names, widths = _learning(experts)
+    return ProductKey(names, widths, options.choice, hidden=options.hidden, seed=options.seed)
+
+
+def _mlp(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    names, widths = _learning(experts)
+    return Mlp(names, widths, options.temperature, hidden=options.hidden, seed=options.seed)
+
+
+def _poly(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    tasks = options.tasks
+    if tasks is None:
+        tasks = sorted({task for expert in experts for task in expert.expert_info.tasks})
+    return Poly(*_learning(experts), tasks, options.seed)
+
+
+def _learning(experts: Sequence[Expert]) -> tuple[list[str], dict[str, int]]:
+    """Whom a router learns to choose among, and the layers that it does so in."""
+    return [expert.name for expert in experts], widths_of(experts)
+
+
 def _fitting(name: str, options: RouterOptions) -> dict[str, Any]:
     """What routers are fitted on; their other options keep the papers' defaults."""
     if options.examples is None:
@@ -233,6 +282,7 @@ def _from_data(
 
 
 _ARROW = "https://arxiv.org/abs/2405.11157"
+_SOFTMAX = "https://arxiv.org/abs/1701.06538"
 # The baselines are described where Arrow is.
 ROUTERS: Mapping[str, RouterKind] = MappingProxyType(
     {
@@ -247,6 +297,12 @@ ROUTERS: Mapping[str, RouterKind] = MappingProxyType(
         # No paper's own: a yardstick in LoraRetriever's, by TF-IDF here.
         "predictor": RouterKind(_predictor, "https://arxiv.org/abs/2402.09997"),
         "retrieval": RouterKind(_retrieval, "https://arxiv.org/abs/2402.09997"),
+        "softmax": RouterKind(_softmax, _SOFTMAX, learned=True),
+        "rkhs": RouterKind(_softmax, _SOFTMAX, learned=True),
+        "product_key": RouterKind(_product_key, "https://arxiv.org/abs/2407.04153", learned=True),
+        "poly": RouterKind(_poly, "https://arxiv.org/abs/2202.13914", learned=True),
+        # In the manner of X-LoRA, of whose two passes it spares one.
+        "mlp": RouterKind(_mlp, "https://arxiv.org/abs/2402.07148", learned=True),
         "oracle": RouterKind(_task, _ARROW),
         "task": RouterKind(_task, _ARROW),
         "uniform": RouterKind(_uniform, _ARROW),

@@ -1,0 +1,46 @@
+"""What keeps a router that learns from sending all tokens to few experts: losses over its gates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mttl_adapters.chosen import NONE, Chosen
+
+
+def load_balance(probabilities: Tensor, gates: Tensor | Chosen) -> Tensor:
+    """N·Σ_e f_e P_e (https://arxiv.org/abs/2101.03961): 1 where the experts are used alike.
+
+    f_e is expert e's share of all choices (for top-1 the share of tokens, as there), without
+    gradient, and P_e its mean probability.
+
+    Args:
+        probabilities: (t, e), before any expert is left out; N counts those that are not 0 for all.
+        gates: of the same tokens.
+    """
+    n_tokens, n_experts = probabilities.shape
+    chosen = gates if isinstance(gates, Chosen) else Chosen.from_dense(gates)
+    picked = chosen.each().experts.flatten()
+    counts = torch.bincount(picked[picked != NONE], minlength=n_experts).to(probabilities)
+    shares = counts / counts.sum().clamp_min(1.0)
+    standing = int((probabilities.detach() > 0).any(dim=0).sum())
+    return standing * (shares * probabilities.sum(dim=0)).sum() / max(1, n_tokens)
+
+
+def mutual_information(probabilities: Tensor) -> Tensor:
+    """H(e) - H(e|x) of expert and token, in nats, which a router is to have much of.
+
+    The first is large where experts are used alike, the second small where each token is sent
+    decidedly (https://arxiv.org/abs/2306.04640).
+
+    Args:
+        probabilities: (t, e).
+    """
+    marginal = probabilities.sum(dim=0) / max(1, len(probabilities))
+    given = _entropy(probabilities).sum() / max(1, len(probabilities))
+    return _entropy(marginal) - given
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    entropy: Tensor = torch.special.entr(probabilities).sum(dim=-1)
+    return entropy

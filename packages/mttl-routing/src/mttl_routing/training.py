@@ -1,0 +1,249 @@
+"""Training of a routed model: its router over frozen experts, or both from scratch.
+
+The loop is that of :mod:`mttl_adapters`; here is what moves in it, and the losses over the gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mttl_adapters.chosen import Chosen
+from mttl_adapters.loop import Objective, n_labelled, seeded, train_parameters
+from mttl_adapters.losses import IGNORED, labelled_loss, scales_logits
+from mttl_adapters.progress import Progress
+from mttl_adapters.training_config import TrainingConfig, TrainingReport
+from mttl_experts import Expert
+from mttl_routing.call import Call, Gates
+from mttl_routing.losses import load_balance, mutual_information
+from mttl_routing.roster import Roster
+from mttl_routing.routers import Layer, Rows
+
+if TYPE_CHECKING:
+    from mttl_routing.routed_model import RoutedModel
+
+TASKS = "task_names"
+ROUTER_TRAINING = TrainingConfig(learning_rate=1e-3)
+
+
+def train(
+    routed: RoutedModel,
+    mixture: Sequence[Mapping[str, Any]],
+    config: TrainingConfig = ROUTER_TRAINING,
+    *,
+    experts: bool = False,
+    balance: float = 0.0,
+    information: float = 0.0,
+    validation: Sequence[Mapping[str, Any]] = (),
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 10.0,
+    progress: Progress | None = None,
+) -> TrainingReport:
+    """Train the parameters of a routed model's router in place, one optimiser step a batch.
+
+    What moves is each parameter of ``routed.router`` (an ``nn.Module``) that wants a gradient, and
+    with ``experts=True`` the factors of every expert too, in float32; never the base. Minimised is
+    the mean loss of the labelled tokens, plus ``balance`` times the :func:`load_balance` and minus
+    ``information`` times the :func:`mutual_information` of the gates, both over the tokens that are
+    no padding, and their mean over the layers that decide. An expert that was trained is put back
+    under its name, with the info it had.
+
+    Seeded by ``config.seed``: the same arguments give the same numbers, also when interrupted and
+    called again with the same ``checkpoint``. It works under activation checkpointing.
+
+    Args:
+        routed: what is trained; the experts that are switched off stay out of it.
+        mixture: batches with ``input_ids``, ``attention_mask``, ``labels`` (b, s; -100 is no loss)
+            and, where the router goes by them, ``task_names``, one a row.
+        config: optimiser, schedule and seed.
+        experts: whether the experts are trained as well; plain LoRA alone.
+        balance: weight of the load-balance loss.
+        information: weight of the mutual information.
+        validation: batches whose mean loss, without those two, picks the weights to keep.
+        checkpoint: file to save to and to go on from; the caller removes it when done.
+        checkpoint_seconds: at least this long lies between two saves.
+        progress: told of each step.
+
+    Raises:
+        ValueError: there is nothing to train, or nothing to train on, or no gates to balance.
+        DivergedError: a loss or a weight became infinite or no number.
+    """
+    before = routed._hooks.roster
+    learning = _learnable(before) if experts else before
+    parameters = _router_parameters(routed.router) | _expert_parameters(learning, experts)
+    if not parameters:
+        raise ValueError(
+            f"router {type(routed.router).__name__} has no parameters, so there is nothing to "
+            "train; give one that has, such as 'softmax', or train experts=True"
+        )
+    was_training = routed.model.training
+    objective = _objective(routed, balance, information)
+    with seeded(routed, config.seed), _frozen(routed.model):
+        try:
+            routed._hooks.roster = learning
+            routed.train()
+            report = train_parameters(
+                routed, parameters, mixture, config, objective=objective, validation=validation,
+                checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, progress=progress,
+            )  # fmt: skip
+        finally:
+            routed._hooks.roster = before
+            routed.train(was_training)
+    if experts:
+        for expert in _trained(learning):
+            routed.replace_expert(expert)
+    return report
+
+
+@dataclass(eq=False)
+class _Watch:
+    """The terms over the gates of one forward, one for each layer that decided in it."""
+
+    balance: float
+    information: float
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(
+        self, router: Any, x: Tensor, layer: Layer, rows: Rows, gates: Gates, call: Call
+    ) -> None:
+        """Told of a decision; told again when a checkpointed layer is computed again."""
+        n_experts = len(layer.experts)
+        if callable(getattr(router, "probabilities", None)):
+            shares = router.probabilities(x, layer, rows)
+        else:
+            shares = gates.dense(n_experts) if isinstance(gates, Chosen) else gates
+        if call.mask is not None and call.mask.numel() == len(shares):
+            counting = call.mask.flatten().to(shares.device)
+            shares, gates = shares[counting], _those(gates, counting)
+        term = shares.new_zeros(())
+        if self.balance:
+            term = term + self.balance * load_balance(shares, gates)
+        if self.information:
+            term = term - self.information * mutual_information(shares)
+        self.terms[layer.module] = term
+
+    def mean(self) -> Tensor:
+        if not self.terms:
+            raise ValueError(
+                "balance and information are losses over the gates of tokens, and this router "
+                "decides by the prompt; leave them 0"
+            )
+        terms = list(self.terms.values())
+        return torch.stack([term.to(terms[0].device) for term in terms]).mean()
+
+
+def _those(gates: Gates, counting: Tensor) -> Gates:
+    if isinstance(gates, Tensor):
+        return gates[counting]
+    each = gates.each()
+    return Chosen(each.experts[counting], each.weights[counting])
+
+
+def _objective(routed: RoutedModel, balance: float, information: float) -> Objective:
+    """The loss of the labelled tokens, and while learning the terms over the gates beside it."""
+    watched = bool(balance or information)
+    whole = _whole(routed)
+    count = _n_labels if routed.config.is_encoder_decoder else n_labelled
+
+    def loss(model: Any, part: dict[str, Any]) -> tuple[Tensor, int]:
+        rows = dict(part)
+        tasks = rows.pop(TASKS, None)
+        watch = _Watch(balance, information) if watched and torch.is_grad_enabled() else None
+        with routed._scoped(watch=watch), nullcontext() if tasks is None else routed.tasks(tasks):
+            if whole or "attention_mask" not in rows:
+                n = count(rows)
+                total = model(**rows, use_cache=False).loss * n
+            else:
+                total, n = labelled_loss(model, rows)
+        return (total if watch is None else total + n * watch.mean()), n
+
+    return Objective(loss, count)
+
+
+def _whole(routed: RoutedModel) -> bool:
+    """Whether the loss takes the model's own forward, not the head at labelled tokens alone."""
+    head = routed.model.get_output_embeddings()
+    adapted = any(routed.model.get_submodule(path) is head for path in routed._hooks.roster.banks)
+    scaled = scales_logits(routed.config) is not None
+    return adapted or bool(routed.config.is_encoder_decoder) or scaled
+
+
+def _n_labels(batch: Mapping[str, Any]) -> int:
+    """Of an encoder-decoder model, whose labels are all that its decoder is to say."""
+    return int((batch["labels"] != IGNORED).sum())
+
+
+def _router_parameters(router: Any) -> dict[str, Tensor]:
+    if not isinstance(router, nn.Module):
+        return {}
+    return {f"router.{n}": p for n, p in router.named_parameters() if p.requires_grad}
+
+
+def _learnable(roster: Roster) -> Roster:
+    """The same experts with factors that learn."""
+    for expert in roster.experts:
+        _plain_names(expert)
+    return Roster(
+        roster.experts,
+        {path: bank.learnable() for path, bank in roster.banks.items()},
+        roster.disabled,
+    )
+
+
+def _expert_parameters(roster: Roster, wanted: bool) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path, bank in roster.banks.items() if wanted else ():
+        found[f"experts.{path}.a"], found[f"experts.{path}.b"] = bank.slabs[0].a, bank.slabs[0].b
+    return found
+
+
+def _trained(roster: Roster) -> Iterator[Expert]:
+    """The experts with the factors that their banks now have."""
+    for column, expert in enumerate(roster.experts):
+        weights = {}
+        for path, (a_name, b_name) in _plain_names(expert).items():
+            a, b, _ = list(roster.banks[path].factors())[column]
+            weights[a_name] = a.detach().to("cpu", copy=True)
+            weights[b_name] = b.detach().to("cpu", copy=True).contiguous()
+        yield Expert(expert.expert_info, weights)
+
+
+def _plain_names(expert: Expert) -> dict[str, tuple[str, str]]:
+    """Names of an expert's A and B by module path.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    ends = (".lora_A.weight", ".lora_B.weight")
+    weights = expert.expert_weights or {}
+    stems = sorted({name.removesuffix(end) for name in weights for end in ends})
+    stems = [stem for stem in stems if all(stem + end in weights for end in ends)]
+    left = set(weights) - {stem + end for stem in stems for end in ends}
+    if left or not stems:
+        what = f"holds {min(left)!r} too" if left else "has no such factors"
+        raise ValueError(
+            f"experts are trained as plain LoRA, A and B alone, and expert {expert.name!r} {what}; "
+            "leave experts=False, or convert it"
+        )
+    return {
+        stem.removeprefix("base_model.model."): (stem + ends[0], stem + ends[1]) for stem in stems
+    }
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients into the base meanwhile."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
