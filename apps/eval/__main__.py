@@ -26,13 +26,13 @@ ALIASES = {
 
 # Keys of apps/train alone, so that one config file does for both.
 TRAIN_KEYS = [
-    "all", "all_tasks", "alpha", "checkpoint_seconds", "destination", "destination_library_id",
-    "dropout", "epochs", "evaluate_every", "expert_name", "finetune_task_name", "layers",
-    "learning_rate", "leave_out_evaluation_tasks", "lora_alpha", "lora_dropout", "lora_rank",
-    "micro_batch_size", "modify_layers", "modify_modules", "modules", "num_train_epochs",
-    "remove_phi_eval_tasks", "replace", "scheduler", "seed", "steps", "subsample_dev", "task",
-    "total_steps", "train_batch_size", "train_rows", "validation_rows", "warmup_proportion",
-    "weight_decay",
+    "all", "all_tasks", "alpha", "balance", "checkpoint_seconds", "destination",
+    "destination_library_id", "dropout", "epochs", "evaluate_every", "expert_name",
+    "finetune_task_name", "layers", "learning_rate", "leave_out_evaluation_tasks", "lora_alpha",
+    "lora_dropout", "lora_rank", "micro_batch_size", "modify_layers", "modify_modules", "modules",
+    "moe", "num_train_epochs", "remove_phi_eval_tasks", "replace", "router", "scheduler", "seed",
+    "steps", "subsample_dev", "task", "total_steps", "train_batch_size", "train_rows",
+    "validation_rows", "warmup_proportion", "weight_decay",
 ]  # fmt: skip
 
 

@@ -141,6 +141,11 @@ def check(**options: Any) -> EvalOptions:
         raise click.UsageError("--merge and --route are two ways to one model; give one")
     _known(options["merge"], "--merge", MERGES)
     _known(options["route"], "--route", ROUTERS)
+    if options["route"] and ROUTERS[options["route"]].learned:
+        raise click.UsageError(
+            f"--route {options['route']} is a router that learns, and a library holds no trained "
+            "one; train it by mttl_routing.train, or with new experts by `apps/train --moe 8`"
+        )
     _known(options["then"], "--then", CHOOSERS)
     if options["then"] and options["route"] != "retrieval":
         raise click.UsageError("--then is for --route retrieval")

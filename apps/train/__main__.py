@@ -27,6 +27,7 @@ ALIASES = {
     "remove_phi_eval_tasks": "leave_out_evaluation_tasks",
     "subsample_dev": "validation_rows",
     "subsample_test": "test_rows",
+    "topk": "top_k",
     "total_steps": "steps",
     "train_batch_size": "batch_size",
 }
@@ -38,7 +39,7 @@ at_least_1 = click.IntRange(min=1)
 EVAL_KEYS = [
     "density", "expert_selection", "inside", "merge", "merge_options", "merge_or_route", "option",
     "recompute", "recompute_prototypes", "route", "router_rows", "router_temp", "scale",
-    "selection", "strict", "temperature", "threshold", "top_k", "top_p", "topk", "weights",
+    "selection", "strict", "temperature", "threshold", "top_p", "weights",
 ]  # fmt: skip
 
 
@@ -55,6 +56,26 @@ EVAL_KEYS = [
     "[default: four tasks of the starter mixture]",
 )
 @click.option("--all", "all_tasks", is_flag=True, help="Train one expert on each task there is.")
+@click.option(
+    "--moe",
+    type=click.IntRange(min=2),
+    help="Train so many fresh experts and their router together, as one mixture, on all the tasks.",
+)
+@click.option(
+    "--router",
+    default="softmax",
+    type=click.Choice(["softmax", "rkhs", "product_key", "mlp"]),
+    help="With --moe: what sends tokens to experts.",
+)
+@click.option(
+    "--top-k", default=2, type=at_least_1, help="With --moe: experts a token gets (mlp: all)."
+)
+@click.option(
+    "--balance",
+    default=0.01,
+    type=click.FloatRange(0),
+    help="With --moe: weight of the loss that evens out the experts' use.",
+)
 @click.option("--model", default="embedded", help="Base model: 'embedded', a folder or a hub id.")
 @click.option(
     "--dataset",
@@ -64,7 +85,10 @@ EVAL_KEYS = [
 )
 @click.option("--library", default="local://mttldata/library", help="Where experts are added.")
 @click.option("--destination", help="Copy the library here first, and add the experts to the copy.")
-@click.option("--expert-name", help="Name of the expert, for one --task. [default: the task]")
+@click.option(
+    "--expert-name",
+    help="Name of the expert, for one --task, or of the mixture. [default: the task, or 'moe']",
+)
 @click.option("--replace", is_flag=True, help="Put new experts in place of others of their name.")
 @click.option("--output", default="mttldata/train", help="Folder for results and checkpoints.")
 @click.option("--rank", default=16, type=at_least_1, help="LoRA rank.")
@@ -125,7 +149,10 @@ def main(**options: Any) -> None:
         from train_options import check
 
         job = check(**options)
-        from train_job import run
+        if job.moe:
+            from train_moe import run
+        else:
+            from train_job import run
 
         from mttl_adapters import AdapterError
 

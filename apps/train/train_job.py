@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,19 +11,21 @@ from typing import Any
 
 import click
 from rich.table import Table
+from torch import Tensor
 from train_options import TrainOptions
 from train_plan import Plan, is_there, plans
+from train_scores import SCORES, base_scores, row_of, rows_held_out, table_of
 
 from mttl_adapters import (
     BaseModel,
     TrainedAdapter,
+    TrainingReport,
     load_base_model,
     train_adapter,
 )
 from mttl_data import (
     Batches,
     DatasetLibrary,
-    HeldOut,
     PromptError,
     PromptWriter,
     Row,
@@ -33,12 +33,11 @@ from mttl_data import (
     check_benchmarks,
     context_length,
     evaluate_benchmarks,
-    held_out,
     open_dataset,
     truncation,
 )
 from mttl_experts import Expert, ExpertInfo, ExpertLibrary, recipe_digest
-from mttl_experts.jobs import TWO_SHOT, Scoring, bar, console, mean, percent, say, write_json
+from mttl_experts.jobs import Scoring, bar, console, mean, say, write_json
 from mttl_routing import apply_expert
 
 
@@ -46,15 +45,15 @@ def run(options: TrainOptions) -> None:
     """Train what is not there yet, score it, add it, and print the table."""
     start = time.monotonic()
     benchmarks = _benchmark_names(options)
-    library = _open_library(options)
+    library = open_library(options)
     # First of all, so that a folder that cannot be written is found before any training.
     write_json(options.output / "options.json", asdict(options) | {"output": str(options.output)})
-    data = _open_data(options)
-    base = _load(options)
+    data = open_data(options)
+    base = load_base(options)
     wanted = plans(options, data, base)
     for plan in wanted:
         for task in plan.tasks:
-            _held_out(options, data, task)  # rows to score on are missed before any training
+            rows_held_out(options, data, task)  # rows to score on are missed before any training
     scoring = Scoring(library, base, options.predict_batch_size, no_score=(PromptError,))
     waiting = [plan for plan in wanted if not is_there(plan, library, options.replace)]
     say(f"{len(wanted)} experts wanted, {len(wanted) - len(waiting)} there already: {library.uri}")
@@ -72,9 +71,9 @@ def run(options: TrainOptions) -> None:
         "model": base.model_id,
         "dataset": data.uri,
         "experts": rows,
-        "mean": {key: mean(row[key] for row in rows) for key in _SCORES},
+        "mean": {key: mean(row[key] for row in rows) for key in SCORES},
     }
-    console().print(_table(rows, results["mean"]))
+    console().print(table_of(rows, results["mean"]))
     if benchmarks:
         results["benchmarks"] = _benchmarks(benchmarks, options, wanted, library, base)
     results |= {"generation": library.generation, "seconds": round(time.monotonic() - start, 1)}
@@ -82,12 +81,14 @@ def run(options: TrainOptions) -> None:
     say(f"{results['seconds']:.0f} s; results in {options.output / 'results.json'}")
 
 
-def _open_library(options: TrainOptions) -> ExpertLibrary:
+def open_library(options: TrainOptions) -> ExpertLibrary:
+    """Where experts go: the library, or a copy of it where one was asked for."""
     library = ExpertLibrary(options.library, create=True)
     return library.copy_to(options.destination) if options.destination else library
 
 
-def _open_data(options: TrainOptions) -> DatasetLibrary:
+def open_data(options: TrainOptions) -> DatasetLibrary:
+    """The tasks to train and score on."""
     tasks = [name for names in options.task for name in names.split(",")]
     if options.dataset != "starter" and not tasks and not options.all_tasks:
         raise click.UsageError(
@@ -99,7 +100,8 @@ def _open_data(options: TrainOptions) -> DatasetLibrary:
         return open_dataset(options.dataset, None if whole else tasks, shown.update)
 
 
-def _load(options: TrainOptions) -> BaseModel:
+def load_base(options: TrainOptions) -> BaseModel:
+    """The base model, in the number format asked for."""
     with bar("base model") as shown:
         base = load_base_model(
             options.model,
@@ -113,12 +115,23 @@ def _load(options: TrainOptions) -> BaseModel:
 
 def _train(plan: Plan, options: TrainOptions, base: BaseModel) -> Expert:
     trained = _trained(plan, options, base)
-    info = ExpertInfo(
+    return Expert(info_of(plan, options, base, trained.config, trained), trained.weights)
+
+
+def info_of(
+    plan: Plan,
+    options: TrainOptions,
+    base: BaseModel,
+    config: dict[str, Any],
+    report: TrainingReport | None = None,
+) -> ExpertInfo:
+    """Facts about the expert of a plan, with what its training says of itself once it is over."""
+    return ExpertInfo(
         expert_name=plan.name,
         expert_task_name=plan.tasks[0] if len(plan.tasks) == 1 else plan.tasks,
-        expert_config=trained.config,
+        expert_config=config,
         training_config=plan.recipe
-        | {"dataset": options.dataset, "versions": {name: version(name) for name in _TOOLS}},
+        | {"dataset": options.dataset, "versions": {name: version(name) for name in TOOLS}},
         expert_model=base.model_id,
         model_revision=base.revision,
         model_architecture=base.model.config.model_type,
@@ -127,23 +140,19 @@ def _train(plan: Plan, options: TrainOptions, base: BaseModel) -> Expert:
         template_digest=base.template_digest,
         dataset_digest=recipe_digest(plan.recipe["data"]),
         recipe_digest=plan.digest,
-        metrics={
-            "step": trained.step,
-            "train_loss": trained.train_loss,
-            "validation_loss": trained.validation_loss,
-            "examples": trained.examples,
-            "tokens": trained.tokens,
-            "seconds": trained.seconds,
-        },
+        metrics={} if report is None else {name: getattr(report, name) for name in _METRICS},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return Expert(info, trained.weights)
 
 
-_TOOLS = ("torch", "transformers", "peft", "mttl-adapters", "mttl-data")
+_METRICS = ("step", "train_loss", "validation_loss", "examples", "tokens", "seconds")
+TOOLS = ("torch", "transformers", "peft", "mttl-adapters", "mttl-data")
 
 
-def _trained(plan: Plan, options: TrainOptions, base: BaseModel) -> TrainedAdapter:
+def batches_of(
+    plan: Plan, options: TrainOptions, base: BaseModel
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """What a plan trains on, one batch a step, and what it validates on."""
     writer = PromptWriter(
         base.tokenizer,
         max_length=context_length(base.model),
@@ -160,13 +169,19 @@ def _trained(plan: Plan, options: TrainOptions, base: BaseModel) -> TrainedAdapt
             examples, options.batch_size, pad_id=base.tokenizer.pad_token_id, seed=options.seed
         )
 
+    validation = list(batches(plan.validation)) if plan.validation else []
+    return list(islice(batches(plan.train).stream(), plan.steps)), validation
+
+
+def _trained(plan: Plan, options: TrainOptions, base: BaseModel) -> TrainedAdapter:
+    batches, validation = batches_of(plan, options, base)
     with bar(f"training {plan.name}", plan.steps) as shown:
         trained = train_adapter(
             base.model,
             plan.adapter,
-            list(islice(batches(plan.train).stream(), plan.steps)),
+            batches,
             plan.training,
-            validation=list(batches(plan.validation)) if plan.validation else (),
+            validation=validation,
             checkpoint=plan.checkpoint(options.output),
             checkpoint_seconds=options.checkpoint_seconds,
             progress=shown.update,
@@ -176,77 +191,17 @@ def _trained(plan: Plan, options: TrainOptions, base: BaseModel) -> TrainedAdapt
     return trained
 
 
-_SCORES = ("base", "base_two_shot", "expert")
-
-
-def _held_out(options: TrainOptions, data: DatasetLibrary, task: str, n_shots: int = 0) -> HeldOut:
-    return held_out(
-        data,
-        task,
-        n_shots=n_shots,
-        limit=options.test_rows,
-        metric=options.metric,
-        task_source=options.task_source,
-        template_type=options.template_type,
-        max_input_length=options.max_input_length,
-        max_output_length=options.max_output_length,
-    )
-
-
 def _measure(
     plan: Plan, options: TrainOptions, data: DatasetLibrary, scoring: Scoring
 ) -> dict[str, Any]:
     """One row of the table: the base, the base with two examples, and the expert on test rows."""
     expert = scoring.library.get_expert(plan.name)
-    base, shots, own = [], [], []
+    bases, own = [], []
     for task in plan.tasks:
-        asked = _held_out(options, data, task)
-        base.append(scoring.score(asked, "base", nullcontext(scoring.base)))
-        shots.append(
-            scoring.score_if_possible(
-                _held_out(options, data, task, TWO_SHOT),
-                f"base with {TWO_SHOT} examples",
-                nullcontext(scoring.base),
-            )
-        )
+        bases.append(base_scores(options, data, scoring, task))
+        asked = rows_held_out(options, data, task)
         own.append(scoring.score(asked, expert.name, apply_expert(scoring.base, expert), [expert]))
-    metrics = expert.expert_info.metrics
-    return {
-        "expert_name": plan.name,
-        "task": ",".join(plan.tasks),
-        "metric": own[0].metric,
-        "n": sum(score.n for score in own),
-        "base": mean(score.value for score in base),
-        "base_two_shot": mean(None if score is None else score.value for score in shots),
-        "expert": mean(score.value for score in own),
-        "ci95": own[0].ci95 if len(plan.tasks) == 1 else None,
-        "examples": metrics["examples"],
-        "tokens_per_second": metrics["tokens"] / max(metrics["seconds"], 1e-9),
-        "seconds": metrics["seconds"],
-    }
-
-
-def _table(rows: list[dict[str, Any]], means: Mapping[str, float | None]) -> Table:
-    table = Table(title="Held-out scores, in percent", title_justify="left")
-    table.add_column("task", overflow="fold")
-    for column in (
-        "base", "base, 2 examples", "expert", "95 %", "rows", "examples", "tokens/s", "seconds"
-    ):  # fmt: skip
-        table.add_column(column, justify="right")
-    for row in rows:
-        low_high = "-".join(f"{100 * end:.0f}" for end in row["ci95"] or ())
-        table.add_row(
-            row["expert_name"],
-            *(percent(row[kind]) for kind in _SCORES),
-            low_high,
-            str(row["n"]),
-            str(row["examples"]),
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['seconds']:.0f}",
-        )
-    table.add_section()
-    table.add_row("mean", *(percent(means[kind]) for kind in _SCORES))
-    return table
+    return row_of(plan.name, plan.tasks, bases, own, expert.expert_info.metrics)
 
 
 def _benchmark_names(options: TrainOptions) -> list[str]:

@@ -20,6 +20,10 @@ class TrainOptions:
 
     task: tuple[str, ...]
     all_tasks: bool
+    moe: int | None
+    router: str
+    top_k: int
+    balance: float
     model: str
     dataset: str
     library: str
@@ -84,7 +88,12 @@ def check(**options: Any) -> TrainOptions:
         raise click.UsageError(f"a --task is named twice: {', '.join(job.task)}")
     if job.task and job.all_tasks:
         raise click.UsageError("--all trains every task, so --task does not go with it; give one")
-    if job.expert_name and len(job.task) != 1:
+    if job.moe and job.benchmarks:
+        raise click.UsageError(
+            "--benchmarks measures experts one by one, and --moe makes one model of them; leave it "
+            "out, and give the library to `apps/eval`"
+        )
+    if job.expert_name and len(job.task) != 1 and not job.moe:
         raise click.UsageError(
             f"--expert-name {job.expert_name!r} names one expert, but there are "
             f"{'many' if job.all_tasks else len(job.task) or len(DEFAULT_TASKS)} tasks; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,25 @@ class Plan:
 def plans(options: TrainOptions, data: DatasetLibrary, base: BaseModel) -> list[Plan]:
     """One plan for each expert that the options ask for, in order."""
     return [_plan(options, data, base, tasks) for tasks in _tasks(options, data)]
+
+
+def mixture_plan(options: TrainOptions, data: DatasetLibrary, base: BaseModel) -> Plan:
+    """The plan of a mixture of ``--moe`` experts, which learns all tasks that there are to learn.
+
+    Its experts and their router are one training, with one recipe.
+    """
+    tasks = tuple(dict.fromkeys(name for names in _tasks(options, data) for name in names))
+    plan = _plan(options, data, base, tasks)
+    recipe = plan.recipe | {
+        "kind": "train-moe",
+        "moe": {
+            "experts": options.moe,
+            "router": options.router,
+            "top_k": options.top_k,
+            "balance": options.balance,
+        },
+    }
+    return replace(plan, name=check_expert_name(options.expert_name or "moe"), recipe=recipe)
 
 
 def is_there(plan: Plan, library: ExpertLibrary, replace: bool) -> bool:
