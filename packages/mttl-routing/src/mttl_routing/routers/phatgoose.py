@@ -7,25 +7,20 @@ adds sigmoid(⟨g, x⟩)·ΔW x. Later the gates of all experts are compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from mttl_adapters import BaseModelError, labelled_loss
+from mttl_adapters import TrainingConfig
 from mttl_experts import Expert, lora_modules
-from mttl_routing.routers.data import Batch, on_device, routed_alone
+from mttl_routing.routers.data import Batch, routed_alone
 from mttl_routing.routers.protocol import Layer, Rows
 from mttl_routing.routers.vectors import VectorRouter
 
-if TYPE_CHECKING:
-    from mttl_routing.routed_model import RoutedModel
-
 STEPS = 100
 LEARNING_RATE = 1e-3
-RECIPE = {"kind": "phatgoose-gates", "format": 1}
+RECIPE = {"kind": "phatgoose-gates", "format": 2}
 
 
 class _Sigmoid(nn.Module):
@@ -64,35 +59,25 @@ def train_gates(
     Returns:
         (i,) float32 by module path.
     """
+    from mttl_routing.training import train
+
     held = list(batches)
     if not held:
         raise ValueError(f"no batches were given for expert {expert.name!r}; gates need some")
     widths = {path: f.a.shape[1] for path, f in lora_modules(expert).items()}
+    config = TrainingConfig(
+        learning_rate=learning_rate,
+        scheduler="constant",
+        warmup_proportion=0.0,
+        max_grad_norm=0.0,
+    )
     with routed_alone(base, expert, lambda device: _Sigmoid(widths, device)) as routed:
+        train(routed, [held[step % len(held)] for step in range(steps)], config)
         router = routed.router
-        optimizer = torch.optim.AdamW(router.parameters(), lr=learning_rate, weight_decay=0.0)
-        for step in range(steps):
-            loss = _loss(routed, on_device(held[step % len(held)], routed.device), widths)
-            router.zero_grad()
-            loss.backward(inputs=list(router.parameters()))  # type: ignore[no-untyped-call]
-            optimizer.step()
         return {
             path: vector.detach().float().cpu()
             for path, vector in zip(router.paths, router.vectors, strict=True)
         }
-
-
-def _loss(routed: RoutedModel, batch: dict[str, Any], modules: Container[str]) -> Tensor:
-    """Mean over labelled tokens; the head is computed for those alone where it may be."""
-    model = routed.model
-    head = model.get_output_embeddings()
-    adapted = any(module is head and path in modules for path, module in model.named_modules())
-    if not (adapted or model.config.is_encoder_decoder or "attention_mask" not in batch):
-        with suppress(BaseModelError):  # more than a linear map after the last hidden state
-            total, count = labelled_loss(model, batch)
-            return total / count
-    loss: Tensor = model(**batch, use_cache=False).loss
-    return loss
 
 
 class Phatgoose(VectorRouter):
