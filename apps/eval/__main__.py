@@ -19,6 +19,7 @@ ALIASES = {
     "pipeline_eval_tasks": "benchmarks",
     "predict_batch_size": "batch_size",
     "recompute_prototypes": "recompute",
+    "router_granularity": "granularity",
     "router_temp": "temperature",
     "subsample_test": "test_rows",
     "topk": "top_k",
@@ -68,6 +69,11 @@ TRAIN_KEYS = [
     "--threshold",
     type=click.FloatRange(0, 1, max_open=True),
     help="Leave out experts of a smaller share than this. [default: off]",
+)
+@click.option(
+    "--granularity",
+    type=click.Choice(["layer", "block", "model"]),
+    help="Who shares its decision: no layer, those of a block, all. [default: layer]",
 )
 @click.option(
     "--router-rows",

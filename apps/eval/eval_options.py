@@ -28,7 +28,7 @@ OLDER = {
 }
 IN_DISTRIBUTION = "in_distribution"
 # Settings of routers that choose by scores, and what they are by default.
-CHOOSING = {"top_k": 4, "temperature": 1.0, "top_p": None, "threshold": None}
+CHOOSING = {"top_k": 4, "temperature": 1.0, "top_p": None, "threshold": None, "granularity": None}
 CHOOSERS = ("arrow", "spectr", "seqr", "phatgoose", "centroid", "avg_act")
 # Routers for whole rows that take how many experts alone.
 COUNTING = ("logo", "retrieval")
@@ -52,6 +52,7 @@ class EvalOptions:
     temperature: float
     top_p: float | None
     threshold: float | None
+    granularity: str | None
     router_rows: int
     then: str | None
     rank: int | None

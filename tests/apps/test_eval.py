@@ -76,6 +76,7 @@ def test_the_oracle_is_each_expert_on_its_own_task(library, evaluate):
         ("-k", "merge_or_route=phatgoose", "router_rows=6"),
         ("-k", "merge_or_route=avg_act", "topk=1"),
         ("-k", "merge_or_route=arrow", "router_temp=0.5", "recompute_prototypes=True"),
+        ("-k", "merge_or_route=arrow", "router_granularity=block"),
         ("-k", "merge_or_route=uniform_lora_after_op"),
         ("-k", "merge_or_route=base"),
         ("--merge", "uniform", "--selection", "copy_last"),
