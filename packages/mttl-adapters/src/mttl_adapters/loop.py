@@ -176,7 +176,8 @@ class _Run:
         self.step += 1
         self.losses.append(total)
         self.examples += rows
-        self.tokens += int(batch["attention_mask"].sum())
+        counted = batch.get("attention_mask")
+        self.tokens += batch["input_ids"].numel() if counted is None else int(counted.sum())
         self.seconds += time.monotonic() - start
         every = self.config.evaluate_every or self.n_steps
         if self.validation and (self.step % every == 0 or self.step == self.n_steps):

@@ -12,7 +12,8 @@ def load_balance(probabilities: Tensor, gates: Tensor | Chosen) -> Tensor:
     """N·Σ_e f_e P_e (https://arxiv.org/abs/2101.03961): 1 where the experts are used alike.
 
     f_e is expert e's share of all choices (for top-1 the share of tokens, as there), without
-    gradient, and P_e its mean probability.
+    gradient, and P_e its mean probability. Where every token is sent to every expert it is 1
+    whatever the gates; :func:`mutual_information` has more to say of such a router.
 
     Args:
         probabilities: (t, e), before any expert is left out; N counts those that are not 0 for all.
@@ -42,5 +43,6 @@ def mutual_information(probabilities: Tensor) -> Tensor:
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    entropy: Tensor = torch.special.entr(probabilities).sum(dim=-1)
-    return entropy
+    # Of a share too small for its number format the logarithm is kept finite, and so the gradient.
+    logs = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+    return -(probabilities * logs).sum(dim=-1)
