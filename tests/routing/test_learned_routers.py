@@ -240,6 +240,97 @@ def test_a_routed_model_from_a_library_has_an_untrained_router(base, mixed_exper
         assert routed.router.choice == Choice(2)
 
 
+class TestMhr:
+    """With equal ranks, and combine="before" alone."""
+
+    @pytest.fixture
+    def experts(self, make_expert):
+        return [
+            make_expert(name, targets=("q_proj", "up_proj")) for name in ("anna", "cleo", "emil")
+        ]
+
+    @pytest.fixture
+    def routed(self, base, experts):
+        with RoutedModel.from_experts(
+            experts, "mhr", combine="before", base_model=base, heads=4
+        ) as routed:
+            randomised(routed.router)
+            yield routed
+
+    def test_it_equals_a_slow_loop(self, base, experts, routed, tokens):
+        actual, router = logits_of(routed, tokens), routed.router
+        routed.remove()
+        factors = {expert.name: lora_modules(expert) for expert in experts}
+
+        def blended(path, task):
+            z = router.logits.of(path).detach().double()  # (tasks, q, e)
+            of_task = z[router.tasks.index(task)] if task in router.tasks else z.mean(0)
+            gates = of_task.sigmoid() / of_task.sigmoid().sum(1, keepdim=True)
+            some = factors["anna"][path]
+            a, b = torch.zeros_like(some.a).double(), torch.zeros_like(some.b).double()
+            for head in range(4):
+                into = slice(head * a.shape[1] // 4, (head + 1) * a.shape[1] // 4)
+                out = slice(head * b.shape[0] // 4, (head + 1) * b.shape[0] // 4)
+                for gate, name in zip(gates[head], router.names, strict=True):
+                    own = factors[name][path]
+                    a[:, into] += gate * own.a[:, into].double()
+                    b[out] += gate * own.scaling * own.b[out].double()
+            return a, b
+
+        def hook(path):
+            def add(module, args, output):
+                output = output.clone()
+                for row, task in enumerate(TASKS):
+                    a, b = blended(path, task)
+                    output[row] += args[0][row] @ a.T @ b.T
+                return output
+
+            return add
+
+        model = copy.deepcopy(base).double()
+        for path in factors["anna"]:
+            model.get_submodule(path).register_forward_hook(hook(path))
+        with torch.no_grad():
+            expected = model(tokens).logits
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=2e-4)
+
+    def test_one_head_is_poly(self, base, experts, tokens):
+        found = []
+        for name, options in (("mhr", {"heads": 1}), ("poly", {})):
+            with RoutedModel.from_experts(
+                experts, name, combine="before", base_model=base, **options
+            ) as routed:
+                for parameter in routed.router.parameters():
+                    parameter.data = torch.linspace(-2, 2, parameter.numel()).view_as(parameter)
+                found.append(logits_of(routed, tokens))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+    def test_it_keeps_to_what_a_language_model_does(self, base, routed, tokens, tmp_path):
+        expected = logits_of(routed, tokens)
+        inputs = {"max_new_tokens": 5, "num_beams": 2, "do_sample": False, **SEEN}
+        with_cache = routed.generate(tokens, **inputs)
+        assert with_cache.tolist() == routed.generate(tokens, **inputs, use_cache=False).tolist()
+        with routed.trace() as trace:
+            logits_of(routed, tokens)
+        shares = trace.shares()["model.layers.0.self_attn.q_proj"]
+        assert sum(shares.values()) == pytest.approx(1.0, abs=1e-5)
+        routed.save_pretrained(tmp_path / "kept")
+        with routed.without("cleo"):
+            without = logits_of(routed, tokens)
+        routed.remove_expert("cleo")
+        torch.testing.assert_close(logits_of(routed, tokens), without, rtol=1e-4, atol=1e-4)
+        routed.remove()
+        with RoutedModel.from_pretrained(tmp_path / "kept", base_model=base) as again:
+            assert torch.equal(logits_of(again, tokens), expected)
+
+    def test_what_it_is_not_defined_for_is_refused(self, base, experts, tokens):
+        with pytest.raises(ValueError, match="Mhr is defined for combine='before' alone"):
+            RoutedModel.from_experts(experts, "mhr", base_model=base)
+        made = RoutedModel.from_experts(experts, "mhr", 4, "before", base_model=base, heads=5)
+        with made as routed, pytest.raises(ValueError, match="5 heads do not divide a layer of 32"):
+            routed(tokens)
+
+
 def test_poly_without_a_task_takes_the_average(routed_by, tokens):
     with routed_by("poly") as routed, torch.no_grad():
         randomised(routed.router)

@@ -11,45 +11,43 @@ from mttl_experts import Expert
 from mttl_routing import RoutedModel, apply_expert, load_balance, mutual_information, train
 
 FAST = TrainingConfig(learning_rate=3e-2, scheduler="constant", warmup_proportion=0.0)
-WIDE = slice(2, 31), slice(31, 61)  # token ids of two kinds
+KINDS = (slice(2, 5), slice(31, 34))  # token ids of two kinds
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def experts(make_expert):
-    return [make_expert(name, size=0.4) for name in ("anna", "bert")]
+    """Two that change the last thing the model does, so that a wrong one costs much."""
+    return [
+        make_expert(name, targets=("down_proj",), layers=(1,), size=1.0)
+        for name in ("anna", "bert")
+    ]
 
 
 def ids_of(kind: int, rows: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + 10 * kind)
-    span = WIDE[kind]
-    return torch.randint(span.start, span.stop, (rows, 8), generator=generator)
+    return torch.randint(KINDS[kind].start, KINDS[kind].stop, (rows, 8), generator=generator)
 
 
-def planted(base, experts, n: int, seed: int = 0):
-    """Batches whose labels are what one of two experts says, by the kind of a row's tokens."""
+@pytest.fixture(scope="module")
+def mixture(base, experts):
+    """Batches whose labels are what one of the two experts says, by the kind of a row's tokens."""
     batches = []
-    for step in range(n):
-        ids, labels = [], []
-        for kind, expert in enumerate(experts):
-            own = ids_of(kind, 4, seed + 100 * step)
+    for step in range(40):
+        own = [ids_of(kind, 4, seed=100 * step) for kind in range(2)]
+        labels = []
+        for ids, expert in zip(own, experts, strict=True):
             with torch.no_grad(), apply_expert(base, expert) as routed:
-                said = routed(own).logits.argmax(-1)
-            ids.append(own)
+                said = routed(ids).logits.argmax(-1)
             labels.append(torch.cat([torch.full((4, 1), -100), said[:, :-1]], dim=1))
         batches.append(
             {
-                "input_ids": torch.cat(ids),
+                "input_ids": torch.cat(own),
                 "attention_mask": torch.ones(8, 8, dtype=torch.long),
                 "labels": torch.cat(labels),
                 "task_names": ("anna",) * 4 + ("bert",) * 4,
             }
         )
     return batches
-
-
-@pytest.fixture(scope="module")
-def mixture(base, make_expert):
-    return planted(base, [make_expert(name, size=0.4) for name in ("anna", "bert")], 30)
 
 
 def weights_of(routed) -> dict[str, torch.Tensor]:
@@ -63,23 +61,27 @@ def assert_same(one, other) -> None:
 
 
 def accuracy(routed) -> float:
-    """Share of the tokens' weights that goes to the expert of their kind."""
+    """Share of tokens, not learned from, of which the expert of their kind gets the most."""
     right = []
     for kind, name in enumerate(("anna", "bert")):
-        ids = ids_of(kind, 4, seed=7)
         with routed.trace() as trace, torch.no_grad():
-            routed(ids, task_names=name)
-        right += [shares.get(name, 0.0) for shares in trace.shares().values()]
+            routed(ids_of(kind, 16, seed=7), task_names=name)
+        table = trace.table()
+        own = [w for w, who in zip(table["weight"], table["expert"], strict=True) if who == name]
+        right += [weight > 0.5 for weight in own]
     return sum(right) / len(right)
 
 
-@pytest.mark.parametrize("name", ["softmax", "product_key", "mlp", "poly"])
-def test_the_right_experts_are_found(base, experts, mixture, name):
+@pytest.mark.parametrize(
+    ("name", "rate"), [("softmax", 2e-2), ("product_key", 2e-2), ("mlp", 1e-2), ("poly", 0.3)]
+)
+def test_the_right_experts_are_found(base, experts, mixture, name, rate):
     untouched = {key: value.clone() for key, value in base.state_dict().items()}
     with RoutedModel.from_experts(experts, name, 2, base_model=base) as routed:
         first = mean_loss(routed, mixture)
-        report = train(routed, mixture, FAST)
-        assert report.train_loss < 0.5 * first
+        config = TrainingConfig(learning_rate=rate)  # which falls, so that the end is calm
+        report = train(routed, mixture * 2, config)
+        assert report.train_loss < first - 0.5
         assert accuracy(routed) >= 0.95
         assert not routed.training
         assert not routed.router.training
@@ -142,7 +144,7 @@ def experts_of(routed) -> dict[str, torch.Tensor]:
 def test_experts_and_router_learn_together(base, make_expert, mixture, kernel):
     fresh = []
     for name in ("anna", "bert"):
-        expert = make_expert(name, seed=3 if name == "anna" else 4)
+        expert = make_expert(name, targets=("down_proj", "v_proj"))
         weights = {
             key: torch.zeros_like(value) if "lora_B" in key else value
             for key, value in expert.expert_weights.items()
@@ -151,11 +153,11 @@ def test_experts_and_router_learn_together(base, make_expert, mixture, kernel):
     made = RoutedModel.from_experts(fresh, "softmax", 1, base_model=base)
     with kernels.using(kernel), made as routed:
         before = mean_loss(routed, mixture[:1])
-        train(routed, mixture[:20], FAST, experts=True, balance=0.1)
+        train(routed, mixture, FAST, experts=True, balance=0.1)
         learned, after = experts_of(routed), mean_loss(routed, mixture[:1])
     assert after < 0.7 * before
     assert all(value.any() for value in learned.values())
-    assert all(not v.any() for e in fresh for n, v in e.expert_weights.items() if "lora_B" in n)
+    assert not any(v.any() for e in fresh for n, v in e.expert_weights.items() if "lora_B" in n)
 
 
 def test_trained_experts_are_saved_with_their_router(base, experts, mixture, tmp_path):
@@ -193,28 +195,46 @@ def test_gradients_of_a_learnable_bank_are_right(kernel):
         assert torch.autograd.gradcheck(grouped, (slab.a, slab.b, weights.requires_grad_()))
 
 
-def collapsed(base, experts) -> RoutedModel:
-    """A router that sends nearly all to the first expert."""
-    routed = RoutedModel.from_experts(experts, "mlp", base_model=base)
-    with torch.no_grad():
+@pytest.fixture(scope="module")
+def hardly_labelled(mixture):
+    """With one label each, so that little but the losses over the gates is learned from."""
+    few = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in mixture]
+    for batch in few:
+        batch["labels"][0, 1] = 5
+    return few
+
+
+def test_balance_evens_out_a_collapsed_router(base, experts, hardly_labelled):
+    config = replace(FAST, learning_rate=1e-2)
+    with RoutedModel.from_experts(experts, "softmax", 1, base_model=base) as routed:
+        train(routed, hardly_labelled, config, balance=-20.0)  # away from what it is for
+        assert max(abs(share - 0.5) for share in shares_of(routed)) > 0.4
+        train(routed, hardly_labelled, config, balance=20.0)
+        assert all(0.3 < share < 0.7 for share in shares_of(routed))
+
+
+def test_information_evens_out_a_collapsed_router_and_makes_it_decide(
+    base, experts, hardly_labelled
+):
+    config = replace(FAST, learning_rate=1e-2)
+    with RoutedModel.from_experts(experts, "mlp", base_model=base) as routed:
         for bias in routed.router.second_bias.values():
-            bias[0] = 5.0
-    return routed
+            bias.data[0] = 4.0
+        assert all(share > 0.8 for share in shares_of(routed))
+        train(routed, hardly_labelled, config, information=20.0)
+        assert all(0.3 < share < 0.7 for share in shares_of(routed))
+        with routed.trace() as trace, torch.no_grad():
+            routed(ids_of(0, 4))
+        weights = torch.tensor(trace.table()["weight"])
+        assert torch.maximum(weights, 1 - weights).mean() > 0.9
 
 
 def shares_of(routed) -> list[float]:
+    """The first expert's share of the tokens of both kinds, in each layer."""
     ids = torch.cat([ids_of(0, 4), ids_of(1, 4)])
     with routed.trace() as trace, torch.no_grad():
         routed(ids)
-    return [shares["anna"] for shares in trace.shares().values()]
-
-
-@pytest.mark.parametrize("loss", ["balance", "information"])
-def test_it_evens_out_a_collapsed_router(base, experts, mixture, loss):
-    with collapsed(base, experts) as routed:
-        assert min(shares_of(routed)) > 0.9
-        train(routed, mixture[:20], replace(FAST, learning_rate=0.3), **{loss: 20.0})
-        assert all(0.3 < share < 0.7 for share in shares_of(routed))
+    return [shares.get("anna", 0.0) for shares in trace.shares().values()]
 
 
 @pytest.mark.parametrize("balance", [0.0, 10.0])
@@ -283,7 +303,7 @@ def test_micro_batches_and_blocks(base, experts, mixture):
         torch.testing.assert_close(found[1][name], value, rtol=1e-2, atol=1e-4)
 
 
-def test_what_cannot_be_trained_is_said(base, experts, mixture, make_expert):
+def test_what_cannot_be_trained_is_said(base, experts, mixture):
     def refused(router, said, of=experts, data=mixture, **options):
         with (
             RoutedModel.from_experts(of, router, base_model=base) as routed,
@@ -293,9 +313,6 @@ def test_what_cannot_be_trained_is_said(base, experts, mixture, make_expert):
 
     refused("arrow", "Arrow has no parameters, so there is nothing to train")
     refused("softmax", "no batches", data=[])
-    extra = make_expert("extra")
-    extra.expert_weights["base_model.model.lm_head.weight"] = torch.zeros(1)
-    refused("softmax", "plain LoRA.*'extra' holds .*lm_head", of=[extra], experts=True)
     refused(_ByRow(), "decides by the prompt", balance=0.1)
 
 
@@ -306,6 +323,15 @@ class _ByRow(nn.Module):
 
     def decide(self, prompt):
         return self.bias.softmax(0).expand(len(prompt.input_ids), -1)
+
+
+@pytest.mark.parametrize(("name", "combine"), [("poly", "after"), ("mhr", "before")])
+def test_routers_by_task_learn_with_the_losses_over_gates(base, experts, mixture, name, combine):
+    with RoutedModel.from_experts(experts, name, 2, combine, base_model=base) as routed:
+        before = weights_of(routed)
+        train(routed, mixture[:2], FAST, information=0.1)
+        after = weights_of(routed)
+    assert not any(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_a_router_of_prompts_learns_too(base, experts, mixture):

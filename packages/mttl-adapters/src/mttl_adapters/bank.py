@@ -287,10 +287,17 @@ class Bank:
         with numbers published for it; :meth:`apply` is the right one everywhere else. The experts
         must be of one rank, those of rank 0 aside.
 
-        Shapes and dtypes are those of :meth:`apply`.
+        Shapes and dtypes are those of :meth:`apply`; gates may also be (t, q, e), apart for q equal
+        slices of the input, which A reads, and of the output, which B writes.
         """
-        self._check(x, gates)
         gates = gates.dense(len(self)) if isinstance(gates, Chosen) else gates
+        self._check(x, gates[:, 0] if gates.dim() == 3 else gates)
+        heads = gates.shape[1] if gates.dim() == 3 else 1
+        if self.in_features % heads or self.out_features % heads:
+            raise ValueError(
+                f"{heads} heads do not divide a layer of {self.in_features} features in "
+                f"and {self.out_features} out; take a number that does"
+            )
         present = [index for index, rank in enumerate(self.ranks) if rank > 0]
         ranks = {self.ranks[index] for index in present}
         if len(ranks) > 1:
@@ -302,7 +309,7 @@ class Bank:
         if not present:
             return x.new_zeros((x.shape[0], self.out_features), dtype=dtype)
         scalings = gates.new_tensor([self.scalings[index] for index in present])
-        return plain.before(x.to(dtype), self.a, self.b.T, gates[:, present], scalings)
+        return plain.before(x.to(dtype), self.a, self.b.T, gates[..., present], scalings)
 
     def _dense(self, x: Tensor, gates: Tensor | Chosen, out: Tensor | None = None) -> Tensor:
         if isinstance(gates, Chosen):

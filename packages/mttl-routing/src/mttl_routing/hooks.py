@@ -66,6 +66,11 @@ class Hooks:
         """Check the choices; nothing is attached yet."""
         if combine not in ("after", "before"):
             raise ValueError(f"combine is {combine!r}; it takes 'after' or 'before'")
+        if getattr(router, "combine", combine) != combine:
+            raise ValueError(
+                f"router {type(router).__name__} is defined for combine={router.combine!r} alone, "
+                f"not for {combine!r}"
+            )
         if granularity not in GRANULARITIES:
             raise ValueError(
                 f"granularity is {granularity!r}; it takes {', '.join(map(repr, GRANULARITIES))}"

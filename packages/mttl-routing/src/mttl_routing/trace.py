@@ -54,6 +54,8 @@ class Trace:
         """Keep the gates of one layer; called by the layer."""
         if call is not self._last:
             self._last, self._calls = call, self._calls + 1
+        if isinstance(gates, Tensor) and gates.dim() == 3:  # of several heads
+            gates = gates.mean(dim=1)
         chosen = gates if isinstance(gates, Chosen) else Chosen.from_dense(gates)
         chosen = chosen.each()
         kept = Chosen(chosen.experts.detach().cpu(), chosen.weights.detach().float().cpu())

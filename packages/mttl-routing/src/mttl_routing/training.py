@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from mttl_adapters.loop import Objective, n_labelled, seeded, train_parameters
 from mttl_adapters.losses import IGNORED, labelled_loss, scales_logits
 from mttl_adapters.progress import Progress
 from mttl_adapters.training_config import TrainingConfig, TrainingReport
-from mttl_experts import Expert
+from mttl_experts import Expert, lora_modules
 from mttl_routing.call import Call, Gates
 from mttl_routing.losses import load_balance, mutual_information
 from mttl_routing.roster import Roster
@@ -62,7 +63,7 @@ def train(
         mixture: batches with ``input_ids``, ``attention_mask``, ``labels`` (b, s; -100 is no loss)
             and, where the router goes by them, ``task_names``, one a row.
         config: optimiser, schedule and seed.
-        experts: whether the experts are trained as well; plain LoRA alone.
+        experts: whether the experts are trained as well.
         balance: weight of the load-balance loss.
         information: weight of the mutual information.
         validation: batches whose mean loss, without those two, picks the weights to keep.
@@ -118,6 +119,8 @@ class _Watch:
             shares = router.probabilities(x, layer, rows)
         else:
             shares = gates.dense(n_experts) if isinstance(gates, Chosen) else gates
+            if shares.dim() == 3:  # of several heads
+                shares = gates = shares.mean(dim=1)
         if call.mask is not None and call.mask.numel() == len(shares):
             counting = call.mask.flatten().to(shares.device)
             shares, gates = shares[counting], _those(gates, counting)
@@ -187,8 +190,6 @@ def _router_parameters(router: Any) -> dict[str, Tensor]:
 
 def _learnable(roster: Roster) -> Roster:
     """The same experts with factors that learn."""
-    for expert in roster.experts:
-        _plain_names(expert)
     return Roster(
         roster.experts,
         {path: bank.learnable() for path, bank in roster.banks.items()},
@@ -207,33 +208,13 @@ def _trained(roster: Roster) -> Iterator[Expert]:
     """The experts with the factors that their banks now have."""
     for column, expert in enumerate(roster.experts):
         weights = {}
-        for path, (a_name, b_name) in _plain_names(expert).items():
-            a, b, _ = list(roster.banks[path].factors())[column]
-            weights[a_name] = a.detach().to("cpu", copy=True)
-            weights[b_name] = b.detach().to("cpu", copy=True).contiguous()
+        for path in lora_modules(expert):
+            a, b, _ = next(islice(roster.banks[path].factors(), column, None))
+            for part, factor in (("A", a), ("B", b)):
+                weights[f"base_model.model.{path}.lora_{part}.weight"] = (
+                    factor.detach().to("cpu", copy=True).contiguous()
+                )
         yield Expert(expert.expert_info, weights)
-
-
-def _plain_names(expert: Expert) -> dict[str, tuple[str, str]]:
-    """Names of an expert's A and B by module path.
-
-    Raises:
-        ValueError: it holds anything else.
-    """
-    ends = (".lora_A.weight", ".lora_B.weight")
-    weights = expert.expert_weights or {}
-    stems = sorted({name.removesuffix(end) for name in weights for end in ends})
-    stems = [stem for stem in stems if all(stem + end in weights for end in ends)]
-    left = set(weights) - {stem + end for stem in stems for end in ends}
-    if left or not stems:
-        what = f"holds {min(left)!r} too" if left else "has no such factors"
-        raise ValueError(
-            f"experts are trained as plain LoRA, A and B alone, and expert {expert.name!r} {what}; "
-            "leave experts=False, or convert it"
-        )
-    return {
-        stem.removeprefix("base_model.model."): (stem + ends[0], stem + ends[1]) for stem in stems
-    }
 
 
 @contextmanager

@@ -35,13 +35,22 @@ def dense(x: Tensor, a: Tensor, b: Tensor, per_rank: Tensor, out: Tensor | None 
 
 
 def before(x: Tensor, a: Tensor, b: Tensor, gates: Tensor, scalings: Tensor) -> Tensor:
-    """(Σ g s B)(Σ g A) x for experts of one rank: A (e r, i), B (e r, o), gates (t, e)."""
-    hidden = x @ a.to(x.dtype).T
-    hidden = hidden.view(*gates.shape, a.shape[0] // gates.shape[1])  # (t, e, r)
-    mixed = (hidden * gates.unsqueeze(2)).sum(dim=1, keepdim=True)  # (t, 1, r)
-    hidden = (mixed * (gates * scalings).unsqueeze(2)).flatten(1)  # (t, e r)
-    out: Tensor = hidden.to(x.dtype) @ b.to(x.dtype)
-    return out
+    """(Σ g s B)(Σ g A) x for experts of one rank: A (e r, i), B (e r, o), gates (t, e).
+
+    Gates (t, q, e) are apart for q equal slices of the input, which A reads, and of the output,
+    which B writes.
+    """
+    t, e = len(x), gates.shape[-1]
+    q = gates.shape[1] if gates.dim() == 3 else 1
+    gates = gates.reshape(t, q, e, 1).transpose(0, 1)  # (q, t, e, 1)
+    slices = x.reshape(t, q, x.shape[1] // q).transpose(0, 1)  # (q, t, i/q)
+    a = a.to(x.dtype).reshape(len(a), q, x.shape[1] // q).permute(1, 2, 0)
+    hidden = (slices @ a).view(q, t, e, a.shape[2] // e)  # (q, t, e, r)
+    mixed = (hidden * gates).sum(dim=(0, 2), keepdim=True)  # (1, t, 1, r)
+    hidden = (mixed * (gates * scalings.unsqueeze(1))).flatten(2)  # (q, t, e r)
+    b = b.to(x.dtype).reshape(len(b), q, b.shape[1] // q).transpose(0, 1)
+    out = hidden.to(x.dtype) @ b  # (q, t, o/q)
+    return out.transpose(0, 1).flatten(1)
 
 
 def grouped(x: Tensor, factors: Factors, chosen: Chosen, out: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from mttl_routing.routers.lorauter import Lorauter
 from mttl_routing.routers.mlp import Mlp
 from mttl_routing.routers.norms import NormRouter, calibration, norm_factors
 from mttl_routing.routers.phatgoose import Phatgoose, train_gates
-from mttl_routing.routers.poly import Poly
+from mttl_routing.routers.poly import Mhr, Poly
 from mttl_routing.routers.predictor import Predictor
 from mttl_routing.routers.product_key import ProductKey
 from mttl_routing.routers.protocol import (
@@ -54,6 +54,7 @@ __all__ = [
     "Layer",
     "Logo",
     "Lorauter",
+    "Mhr",
     "Mlp",
     "NormRouter",
     "Phatgoose",
@@ -96,7 +97,8 @@ class RouterOptions:
         weights: the expert, or the gate of each expert by name, for ``fixed``.
         seed: of the initial parameters of routers that learn.
         hidden: size of what such a router compares, or has between two maps.
-        tasks: that ``poly`` learns of; None is those of the experts.
+        tasks: that ``poly`` and ``mhr`` learn of; None is those of the experts.
+        heads: of ``mhr``; they divide the features of each layer.
         batches: data of each expert, for routers that learn from it.
         examples: prompts of each expert, or of each task (``lorauter``), by its name, for routers
             that are fitted on them.
@@ -115,6 +117,7 @@ class RouterOptions:
     seed: int = 0
     hidden: int = 64
     tasks: Sequence[str] | None = None
+    heads: int = 4
     batches: Batches | None = None
     examples: Mapping[str, Iterable[Example]] | None = None
     then: str | Router | None = None
@@ -224,10 +227,20 @@ def _mlp(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
 
 
 def _poly(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
-    tasks = options.tasks
-    if tasks is None:
-        tasks = sorted({task for expert in experts for task in expert.expert_info.tasks})
-    return Poly(*_learning(experts), tasks, options.seed)
+    names, widths = _learning(experts)
+    return Poly(names, widths, _tasks(experts, options), seed=options.seed)
+
+
+def _mhr(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+    names, widths = _learning(experts)
+    tasks = _tasks(experts, options)
+    return Mhr(names, widths, tasks, heads=options.heads, seed=options.seed)
+
+
+def _tasks(experts: Sequence[Expert], options: RouterOptions) -> Sequence[str]:
+    if options.tasks is not None:
+        return options.tasks
+    return sorted({task for expert in experts for task in expert.expert_info.tasks})
 
 
 def _learning(experts: Sequence[Expert]) -> tuple[list[str], dict[str, int]]:
@@ -301,6 +314,7 @@ ROUTERS: Mapping[str, RouterKind] = MappingProxyType(
         "rkhs": RouterKind(_softmax, _SOFTMAX, learned=True),
         "product_key": RouterKind(_product_key, "https://arxiv.org/abs/2407.04153", learned=True),
         "poly": RouterKind(_poly, "https://arxiv.org/abs/2202.13914", learned=True),
+        "mhr": RouterKind(_mhr, "https://arxiv.org/abs/2211.03831", learned=True),
         # In the manner of X-LoRA, of whose two passes it spares one.
         "mlp": RouterKind(_mlp, "https://arxiv.org/abs/2402.07148", learned=True),
         "oracle": RouterKind(_task, _ARROW),

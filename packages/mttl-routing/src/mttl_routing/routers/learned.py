@@ -64,18 +64,62 @@ class LearnedRouter(nn.Module):
 
     Args:
         names: of the experts.
-        choice: how scores become gates.
     """
 
     per_expert: tuple[str, ...] = ()
     """Attributes whose parameters, one for each module, have a line for each expert."""
 
-    def __init__(self, names: Sequence[str], choice: Choice | None = None) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         """Keep the names."""
         super().__init__()
         self.names = tuple(names)
-        self.choice = Choice() if choice is None else choice
         self.eval()  # as a loaded base is
+
+    def line(self, name: str) -> int:
+        """Which of this router's experts has that name.
+
+        Raises:
+            ValueError: none has.
+        """
+        if name not in self.names:
+            raise ValueError(
+                f"this {type(self).__name__} router has learned nothing for expert {name!r}; make "
+                "the routed model anew with all its experts, and train its router"
+            )
+        return self.names.index(name)
+
+    def follow(self, added: Sequence[Expert], removed: Sequence[str]) -> None:
+        """Forget experts that are gone, and keep what was learned for those that are replaced.
+
+        Raises:
+            ValueError: there is nothing learned for an expert that joins.
+        """
+        for expert in added:
+            self.line(expert.name)
+        gone = set(removed) - {expert.name for expert in added}
+        kept = [n for n, name in enumerate(self.names) if name not in gone]
+        self.names = tuple(self.names[n] for n in kept)
+        for attribute in self.per_expert:
+            for parameter in getattr(self, attribute).values():
+                parameter.data = self.of_experts(parameter.data, kept)
+
+    def of_experts(self, parameter: Tensor, lines: Sequence[int]) -> Tensor:
+        """What a parameter has for some of the experts."""
+        return parameter[list(lines)]
+
+
+class ScoringRouter(LearnedRouter):
+    """Makes a :class:`Choice` by the learned scores of the experts that change a layer.
+
+    Args:
+        names: of the experts.
+        choice: how scores become gates.
+    """
+
+    def __init__(self, names: Sequence[str], choice: Choice | None = None) -> None:
+        """Keep the names and the choice."""
+        super().__init__(names)
+        self.choice = Choice() if choice is None else choice
 
     def scores(self, x: Tensor, layer: Layer) -> Tensor:
         """(t, n) of the experts ``layer.present``, in float32 at least, the higher the better."""
@@ -109,34 +153,5 @@ class LearnedRouter(nn.Module):
             ),
         )
 
-    def line(self, name: str) -> int:
-        """Which of this router's experts has that name."""
-        if name not in self.names:
-            raise ValueError(self._unknown(name))
-        return self.names.index(name)
-
-    def follow(self, added: Sequence[Expert], removed: Sequence[str]) -> None:
-        """Forget experts that are gone, and keep what was learned for those that are replaced.
-
-        Raises:
-            ValueError: there is nothing learned for an expert that joins.
-        """
-        for expert in added:
-            self.line(expert.name)
-        gone = set(removed) - {expert.name for expert in added}
-        kept = [n for n, name in enumerate(self.names) if name not in gone]
-        if len(kept) == len(self.names):
-            return
-        for attribute in self.per_expert:
-            for parameter in getattr(self, attribute).values():
-                parameter.data = parameter.data[kept]
-        self.names = tuple(self.names[n] for n in kept)
-
     def _scores(self, x: Tensor, layer: Layer, rows: Rows) -> Tensor:
         return rows.once((self, "scores", layer.module), lambda: self.scores(x, layer))
-
-    def _unknown(self, name: str) -> str:
-        return (
-            f"this {type(self).__name__} router has learned nothing for expert {name!r}; make the "
-            "routed model anew with all its experts, and train its router"
-        )

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mttl_routing.routers.choice import Choice
-from mttl_routing.routers.learned import Draw, LearnedRouter, Parameters, together
+from mttl_routing.routers.learned import Draw, Parameters, ScoringRouter, together
 from mttl_routing.routers.protocol import Layer
 
 
-class Mlp(LearnedRouter):
+class Mlp(ScoringRouter):
     """Scores W_2 relu(W_1 x + b_1) + b_2, apart for each layer, and a softmax over all experts.
 
     Args:

@@ -28,25 +28,40 @@ class Poly(LearnedRouter):
         names: of the experts.
         widths: of which only the module paths matter here.
         tasks: that have lines in Z.
+        heads: of :class:`Mhr`; None where an expert has one gate.
         seed: of the initial values.
     """
 
+    per_expert = ("logits",)
+
     def __init__(
-        self, names: Sequence[str], widths: Mapping[str, int], tasks: Sequence[str], seed: int = 0
+        self,
+        names: Sequence[str],
+        widths: Mapping[str, int],
+        tasks: Sequence[str],
+        *,
+        heads: int | None = None,
+        seed: int = 0,
     ) -> None:
-        """Draw Z, (tasks, e) for each module, near 0."""
+        """Draw Z, (tasks, e) or (tasks, q, e) for each module, near 0."""
         super().__init__(names)
         if not tasks:
             raise ValueError("there are no tasks to learn of: the experts name none; give tasks=")
         self.tasks = tuple(tasks)
         generator = torch.Generator().manual_seed(seed)
-        shape = len(self.tasks), len(self.names)
+        split = () if heads is None else (heads,)
+        shape = len(self.tasks), *split, len(self.names)
         self.logits = Parameters(
             {path: 2e-3 * torch.rand(shape, generator=generator) - 1e-3 for path in widths}
         )
 
-    def gates(self, x: Tensor, layer: Layer, rows: Rows) -> Chosen:
+    def gates(self, x: Tensor, layer: Layer, rows: Rows) -> Tensor | Chosen:
         """One line for each row, or one for all where they are of one task."""
+        columns, shares, tokens = self._by_row(x, layer, rows)
+        return Chosen(columns.expand(len(shares), -1), shares, tokens)
+
+    def _by_row(self, x: Tensor, layer: Layer, rows: Rows) -> tuple[Tensor, Tensor, int]:
+        """(n,) columns, their shares for each line, and how many tokens a line speaks for."""
         tasks = rows.tasks if isinstance(rows.tasks, tuple) else (rows.tasks,)
         tokens = rows.tokens if isinstance(rows.tasks, tuple) else len(x)
         if len(tasks) * tokens != len(x):
@@ -55,27 +70,39 @@ class Poly(LearnedRouter):
             (self, "enabled", x.device), lambda: torch.tensor(layer.enabled, device=x.device).long()
         )
         lines = [self.line(layer.experts[column]) for column in layer.enabled]
-        shares = self.shares(layer.module, tasks, lines).to(x.device)
-        return Chosen(columns.expand(len(tasks), -1), shares, tokens)
+        return columns, self.shares(layer.module, tasks, lines).to(x.device), tokens
 
     def shares(self, path: str, tasks: Sequence[str | None], lines: Sequence[int]) -> Tensor:
-        """(b, n), what some of the experts weigh for each task."""
+        """(b, n), or (b, q, n) of q heads: what some of the experts weigh for each task."""
         logits = self.logits.of(path)
         known = {task: index for index, task in enumerate(self.tasks)}
         mean = logits.mean(dim=0)
-        rows = torch.stack([mean if task not in known else logits[known[task]] for task in tasks])[
-            :, lines
-        ]
+        of_tasks = [mean if task not in known else logits[known[task]] for task in tasks]
+        rows = self.of_experts(torch.stack(of_tasks), lines)
         if self.training:
             uniform = torch.rand_like(rows).clamp(1e-6, 1 - 1e-6)
             rows = rows + uniform.logit()
         opened = rows.sigmoid()
-        return opened / opened.sum(dim=1, keepdim=True).clamp_min(1e-12)
+        return opened / opened.sum(dim=-1, keepdim=True).clamp_min(1e-12)
 
-    def follow(self, added: Sequence[object], removed: Sequence[str]) -> None:
-        """As for every learned router; the experts are the columns of Z."""
-        names = self.names
-        super().follow(added, removed)  # type: ignore[arg-type]
-        kept = [n for n, name in enumerate(names) if name in self.names]
-        for parameter in self.logits.values():
-            parameter.data = parameter.data[:, kept]
+    def of_experts(self, parameter: Tensor, lines: Sequence[int]) -> Tensor:
+        """Columns of Z."""
+        return parameter[..., list(lines)]
+
+
+class Mhr(Poly):
+    """MHR (https://arxiv.org/abs/2211.03831): a gate for each of q heads of an expert.
+
+    Head h of an expert is the h-th of q equal slices of its A along the layer's input, and of its B
+    along the output. Each head is blended by gates of its own, those of :class:`Poly`, and the
+    layer adds (Σ g s B)(Σ g A)x: with one rank for all experts, and ``combine="before"``, for which
+    alone the paper defines it.
+    """
+
+    combine = "before"
+
+    def gates(self, x: Tensor, layer: Layer, rows: Rows) -> Tensor:
+        """(t, q, e)."""
+        columns, shares, tokens = self._by_row(x, layer, rows)
+        lines = shares.new_zeros(*shares.shape[:2], len(layer.experts))
+        return lines.index_copy(2, columns, shares).repeat_interleave(tokens, dim=0)

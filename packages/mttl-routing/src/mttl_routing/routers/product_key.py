@@ -15,11 +15,11 @@ from torch import Tensor
 from mttl_adapters.chosen import Chosen
 from mttl_experts import Expert
 from mttl_routing.routers.choice import Choice
-from mttl_routing.routers.learned import Draw, LearnedRouter, Parameters, together
+from mttl_routing.routers.learned import Draw, Parameters, ScoringRouter, together
 from mttl_routing.routers.protocol import Layer, Rows
 
 
-class ProductKey(LearnedRouter):
+class ProductKey(ScoringRouter):
     """Scores of experts in a grid of ⌈√N⌉ columns: expert n in line n // ⌈√N⌉, column n % ⌈√N⌉.
 
     N need not be a square: the last line is then cut short, and searched by itself. One query a

@@ -194,7 +194,8 @@ class Router(Protocol):
         Returns:
             (t, e) float32 on the device of ``x``, one column for each of ``layer.experts``; an
             expert with gate 0 is not computed where that saves time. Or a ``Chosen``, which names
-            the few that are not 0 and spares the (t, e) numbers.
+            the few that are not 0 and spares the (t, e) numbers. With ``combine="before"`` also
+            (t, q, e), apart for q slices of the experts' A and B (``Bank.apply_before``).
         """
         ...
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from mttl_routing.routers.choice import Choice
-from mttl_routing.routers.learned import Draw, LearnedRouter, Parameters, together
+from mttl_routing.routers.learned import Draw, Parameters, ScoringRouter, together
 from mttl_routing.routers.protocol import Layer
 
 
-class Softmax(LearnedRouter):
+class Softmax(ScoringRouter):
     """Scores (W_h x)·(W_e e_e) of the token and the expert, apart for each layer.
 
     Args:
