@@ -31,7 +31,10 @@ LEFT_OUT = {"slerp", "weighted", "task", "fixed"}
 def ways() -> list[str]:
     """Every way, as ``apps/eval`` takes it."""
     merges = [f"merge {name}" for name in MERGES if name not in LEFT_OUT]
-    return merges + [f"route {name}" for name in ROUTERS if name not in LEFT_OUT]
+    ready = [
+        name for name, kind in ROUTERS.items() if not kind.learned
+    ]  # apps/train --moe has those
+    return merges + [f"route {name}" for name in ready if name not in LEFT_OUT]
 
 
 def evaluated(way: str, library: str, arguments: list[str]) -> dict[str, Any]:
