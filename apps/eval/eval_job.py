@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,9 @@ class Evaluation:
         own = self.scoring.score(asked, expert.name, apply_expert(self.base, expert), [expert])
         model = base
         if self.options.method:
+            whole = replace(asked, share_prefix=not self.options.decides_by_prompt)
             model = self.scoring.score(
-                asked, self.title, self._mixture(task), self.experts, self.options.method
+                whole, self.title, self._mixture(task), self.experts, self.options.method
             )
         row = {
             "task": task,

@@ -103,10 +103,14 @@ class EvalOptions:
     @property
     def learning(self) -> dict[str, Any]:
         """How many rows a router that learns is shown, and as what."""
-        rows = {"router_rows": self.router_rows}
-        if self.route in FITTED:
-            return rows | {"prompts": "as asked"}
-        return rows if self.route in LEARNERS else {}
+        learns = self.route in (*LEARNERS, *FITTED)
+        rows = {"router_rows": self.router_rows} if learns else {}
+        return rows | ({"prompts": "whole"} if self.decides_by_prompt else {})
+
+    @property
+    def decides_by_prompt(self) -> bool:
+        """Whether the router needs all of a prompt to decide for a row."""
+        return self.route in (*FITTED, "logo")
 
     @property
     def learns_from_batches(self) -> bool:

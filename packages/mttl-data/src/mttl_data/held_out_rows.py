@@ -26,6 +26,8 @@ class HeldOut:
         shots: Solved examples put before each question; none are test rows.
         max_input_length: Most tokens of a prompt without its examples.
         max_output_length: Most tokens of an answer.
+        share_prefix: Run what all prompts begin with only once; not for a model that decides
+            something by a whole prompt, such as which experts to send it to.
     """
 
     task: str
@@ -34,6 +36,7 @@ class HeldOut:
     shots: tuple[Row, ...] = ()
     max_input_length: int | None = None
     max_output_length: int | None = None
+    share_prefix: bool = True
 
     def recipe(self) -> dict[str, Any]:
         """What identifies a score on these rows apart from the model, as plain data."""
@@ -61,6 +64,7 @@ class HeldOut:
             max_input_length=self.max_input_length,
             max_output_length=self.max_output_length,
             batch_size=batch_size,
+            share_prefix=self.share_prefix,
             progress=progress,
         )
 
