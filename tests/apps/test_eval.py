@@ -230,6 +230,7 @@ def test_the_same_base_in_another_folder_is_the_same_base(
         (("--scale", "0.5"), ("--scale is for --merge",)),
         (("--route", "arow"), ("'arow'", "arrow", "oracle")),
         (("--route", "fixed"), ("--selection",)),
+        (("--route", "softmax"), ("trained", "--moe")),
         (("--merge", "weighted"), ("--weights",)),
         (("--merge", "ties", "--option", "gama=1"), ("gama", "density")),
         (("--route", "arrow", "--option", "gamma=1"), ("--option", "--merge")),
