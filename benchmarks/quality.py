@@ -31,9 +31,8 @@ LEFT_OUT = {"slerp", "weighted", "task", "fixed"}
 def ways() -> list[str]:
     """Every way, as ``apps/eval`` takes it."""
     merges = [f"merge {name}" for name in MERGES if name not in LEFT_OUT]
-    ready = [
-        name for name, kind in ROUTERS.items() if not kind.learned
-    ]  # apps/train --moe has those
+    # apps/train --moe has those that learn.
+    ready = [name for name, kind in ROUTERS.items() if not kind.learned]
     return merges + [f"route {name}" for name in ready if name not in LEFT_OUT]
 
 
