@@ -163,3 +163,17 @@ def test_what_does_not_fit_is_named_by_its_experts(base, make_expert, mixed_expe
             RoutedModel.from_experts([anna, narrow], base_model=base, bank_files=given)
         with pytest.raises(UnsupportedAdapterError, match="'zoe' has no weights"):
             RoutedModel.from_experts([anna, empty], "uniform", base_model=base, bank_files=given)
+
+
+def test_experts_come_and_go_after_a_forward_in_inference_mode(
+    base, mixed_experts, make_expert, tokens, tmp_path
+):
+    with RoutedModel.from_experts(
+        mixed_experts, base_model=base, bank_files=BankFiles(tmp_path, resident_bytes=0)
+    ) as routed:
+        with torch.inference_mode():
+            before = routed(tokens).logits
+        torch.testing.assert_close(logits_of(routed, tokens), before, **CLOSE)
+        routed.add_expert(make_expert("evan"))
+        routed.remove_expert("evan")
+        torch.testing.assert_close(logits_of(routed, tokens), before, **CLOSE)

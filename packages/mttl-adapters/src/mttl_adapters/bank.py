@@ -153,7 +153,8 @@ class Bank:
             a += run.start * self.in_features * size
             b += run.start * self.out_features * size
             rows.append((a, b, run.rank, 0, *struct.unpack("q", struct.pack("d", scaling))))
-        return torch.tensor(rows, dtype=torch.int64).view(len(rows), 5)
+        with torch.inference_mode(False):  # ticks are written to it afterwards, too
+            return torch.tensor(rows, dtype=torch.int64).view(len(rows), 5)
 
     def to(self, device: torch.device | str) -> Bank:
         """The same bank on ``device``; itself where it is there already."""
