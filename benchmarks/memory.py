@@ -4,8 +4,8 @@
     uv run benchmarks/memory.py ... --bank-files FOLDER [--resident-gb 2]
     uv run benchmarks/memory.py --experts 256 --layers 1 --peer
 
-Arrow over generated experts of rank 16 of SmolLM2-135M's shapes, kept in ``--library`` and made
-where there is none. Memory is that of the process beyond the base model (``RssAnon`` and
+Arrow over generated experts of rank 16 of SmolLM2-135M's shapes, the first of ``--library``, which
+is made where there is none. Memory is that of the process beyond the base model (``RssAnon`` and
 ``RssFile`` of /proc/self/status): the peak of a build, after it, and the peak while a forward of
 8 x 256 tokens runs, less that of the base's own forward; ``share`` is the two together over the
 size of the factors. Each row is one JSON line: the first build, forwards, and a build with
@@ -206,7 +206,7 @@ def peer(library: ExpertLibrary, options: argparse.Namespace) -> None:
     from peft.tuners.lora import ArrowConfig, create_arrow_model
 
     base = make_base(options.layers, torch.float32)
-    paths = [str(library.path(name)) for name in library.keys()[: options.experts]]
+    paths = [str(library.path(name)) for name in library]
     before, start, cpu = resident(), time.perf_counter(), time.process_time()
     model = create_arrow_model(base, paths, ArrowConfig(top_k=TOP_K))
     seconds, cpu, after = time.perf_counter() - start, time.process_time() - cpu, resident()
@@ -241,7 +241,8 @@ def main() -> None:
         dtype = getattr(torch, options.dtype)
         make_library(str(options.library), options.experts, RANK, options.layers, dtype)
         os.sync()  # so that nothing that is measured waits for it
-    library = ExpertLibrary(f"local://{options.library}")
+    uri = f"local://{options.library}"
+    library = ExpertLibrary(uri, selection=ExpertLibrary(uri).keys()[: options.experts])
     if options.peer:
         peer(library, options)
     else:
