@@ -141,7 +141,10 @@ def test_resident_memory_follows_use_and_stays_within_its_bound(kernel, tmp_path
         chosen = Chosen(torch.arange(start, start + 6).unsqueeze(1), torch.ones(6, 1))
         for module, bank in banks.items():
             torch.testing.assert_close(
-                bank.apply(x, chosen), whole[module].apply(x, chosen), rtol=1e-4, atol=1e-2
+                bank.apply(x, chosen),
+                whole[module].apply(x, chosen),
+                rtol=1e-4,
+                atol=0.1,  # of about 10,000
             )
             highest = max(highest, resident(files.folder))
     assert 4 * 2**20 < highest <= used + 8 * 2**20
