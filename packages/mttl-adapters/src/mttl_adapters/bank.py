@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -228,10 +229,9 @@ class Bank:
             (t, o) in the wider of the two dtypes, for the caller to add before rounding.
         """
         self._check(x, gates)
-        # Counting what was chosen waits for the device, so only where one choice each would pay.
-        if self._grouped_pays(x, x.shape[0]) and self._grouped_pays(x, _count(gates)):
+        if self._groups(x, gates, self._compiled(x) is not None):
             return self.apply_grouped(x, gates)
-        return self.apply_dense(x, gates)
+        return self._dense(x, gates)
 
     def add_to(self, output: Tensor, x: Tensor, gates: Tensor | Chosen) -> Tensor:
         """A layer's output (t, o) with what :meth:`apply` gives added, rounded once to its dtype.
@@ -249,13 +249,13 @@ class Bank:
             output.is_inference() and not torch.is_inference_mode_enabled()
         ):
             return (output + self.apply(x, gates)).to(output.dtype)
-        if not self._grouped_pays(x, _count(gates)):
+        cpu = self._compiled(x, output)
+        if not self._groups(x, gates, cpu is not None):
             if output.dtype != torch.promote_types(x.dtype, self.dtype):
                 return output.copy_(output + self.apply_dense(x, gates))
             return self._dense(x, gates, output)
         chosen = gates if isinstance(gates, Chosen) else Chosen.from_dense(gates)
-        cpu = kernels.compiled(x, output)
-        if cpu and self._compiled_takes(x, output):
+        if cpu is not None:
             chosen = chosen.each()
             cpu.add_to(output, x, self, chosen.experts, chosen.weights)
             return output
@@ -275,8 +275,8 @@ class Bank:
         """
         self._check(x, gates)
         chosen = gates if isinstance(gates, Chosen) else Chosen.from_dense(gates)
-        cpu = kernels.compiled(x)
-        if cpu and self._compiled_takes(x):
+        cpu = self._compiled(x)
+        if cpu is not None:
             return cpu.apply(x, self, chosen)  # type: ignore[no-any-return]
         out = x.new_zeros((x.shape[0], self.out_features), dtype=self._wide(x))
         return self._add_grouped(out, x, chosen).to(torch.promote_types(x.dtype, self.dtype))
@@ -387,19 +387,30 @@ class Bank:
             raise IndexError(f"no expert {index}; this bank has {len(self)}")
         return index % len(self)
 
-    def _compiled_takes(self, *tensors: Tensor) -> bool:
-        from mttl_adapters.kernels import cpu
+    def _compiled(self, *tensors: Tensor) -> ModuleType | None:
+        """The compiled kernel, if it is to take these tensors and knows all dtypes and strides."""
+        cpu = kernels.compiled(*tensors)
+        return cpu if cpu and self.dtype in cpu.DTYPES and cpu.takes(*tensors) else None
 
-        return self.dtype in cpu.DTYPES and cpu.takes(*tensors)
+    def _groups(self, x: Tensor, gates: Tensor | Chosen, compiled: bool) -> bool:
+        """Whether taking the chosen experts alone is cheaper for these tokens."""
+        # Counting gates waits for the device, so only where one choice each would pay.
+        return self._grouped_pays(x.shape[0], x.shape[0], compiled) and self._grouped_pays(
+            x.shape[0], _count(gates), compiled
+        )
 
-    def _grouped_pays(self, x: Tensor, chosen: int) -> bool:
-        """Whether sort-and-group is cheaper for so many choices among the tokens of x."""
+    def _grouped_pays(self, tokens: int, chosen: int, compiled: bool) -> bool:
+        """The same for so many choices among all tokens."""
         if self.resident:
             return True
-        if kernels.compiled(x) and self._compiled_takes(x):
-            return crossover.compiled_groups(x.shape[0], len(self), chosen)
-        rows = sum(self.ranks) * (self.in_features + self.out_features)
-        return crossover.plain_groups(x.shape[0], len(self), chosen, rows)
+        if compiled:
+            return crossover.compiled_groups(tokens, len(self), chosen)
+        return crossover.plain_groups(tokens, len(self), chosen, self._numbers)
+
+    @cached_property
+    def _numbers(self) -> int:
+        """Numbers in all factors together."""
+        return sum(self.ranks) * (self.in_features + self.out_features)
 
     def _read(self, chosen: Chosen, resident: Resident) -> None:
         """Mark the chosen experts as read."""

@@ -14,6 +14,8 @@ from types import ModuleType
 
 from torch import Tensor
 
+from mttl_adapters.kernels import build, cpu
+
 KERNELS = ("auto", "torch", "cpu")
 
 _CHOICE: ContextVar[str | None] = ContextVar("kernels", default=None)
@@ -39,18 +41,14 @@ def choice() -> str:
 
 def missing() -> str | None:
     """Why there is no compiled kernel on this machine, in one line; None where there is one."""
-    from mttl_adapters.kernels import build
-
     return build.library().reason
 
 
 def compiled(*tensors: Tensor) -> ModuleType | None:
     """The compiled kernel, if it is to take these tensors."""
     asked = choice()
-    if asked == "torch" or any(tensor.device.type != "cpu" for tensor in tensors):
+    if asked == "torch" or not all(tensor.is_cpu for tensor in tensors):
         return None
-    from mttl_adapters.kernels import build, cpu
-
     reason = build.library().reason
     if reason is None:
         return cpu

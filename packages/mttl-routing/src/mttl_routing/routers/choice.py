@@ -75,7 +75,10 @@ class Choice:
             scores: (t, n), all of them; wanted where :attr:`needs_all`.
         """
         experts = indices if columns is None else columns[indices]
-        best = best / self.temperature
+        if self.temperature != 1.0:
+            best = best / self.temperature
+        if not (self.null or self.top_p or self.threshold):  # all k are kept
+            return Chosen(experts, best.softmax(dim=1))
         if self.null:
             best, experts = self._with_base(best, experts)
         if self.top_p is not None and best.shape[1]:

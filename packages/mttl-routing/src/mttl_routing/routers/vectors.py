@@ -43,10 +43,7 @@ class VectorRouter:
             alike = [other for other in rows.layers if other.module not in found]
             found.update(self._best(x, alike or [layer]))
         best, indices, scores = found[layer.module]
-        columns = layer.once(
-            (self, "columns", x.device), lambda: torch.tensor(layer.present, device=x.device)
-        )
-        return self.choice.among(best, indices, columns.long(), scores)
+        return self.choice.among(best, indices, self._columns(layer, x.device), scores)
 
     def follow(self, added: Sequence[Expert], removed: Sequence[str]) -> None:
         """Take up the vectors of new experts, and forget those of others."""
@@ -72,6 +69,15 @@ class VectorRouter:
         """(t, 1), above 0, what a token's scores are multiplied by; None is 1."""
         return None
 
+    def _columns(self, layer: Layer, device: torch.device) -> Tensor | None:
+        """Which expert each of a layer's keys is of; None where they are all, in their order."""
+        if len(layer.present) == len(layer.experts):
+            return None
+        return layer.once(
+            (self, "columns", device),
+            lambda: torch.tensor(layer.present, dtype=torch.int64, device=device),
+        )
+
     def _best(self, x: Tensor, layers: Sequence[Layer]) -> dict[str, Best]:
         """Best scores, their indices, and all scores where the choice needs them, by module."""
         # In float32 whatever the model's dtype: bfloat16 scores choose wrongly for some tokens.
@@ -79,8 +85,9 @@ class VectorRouter:
         found: dict[str, Best] = {}
         some = [layer for layer in layers if layer.present]
         for layer in layers:
-            none = x.new_zeros(len(x), 0, dtype=torch.float32)
-            found[layer.module] = (none, none.long(), none)
+            if not layer.present:
+                none = x.new_zeros(len(x), 0, dtype=torch.float32)
+                found[layer.module] = (none, none.long(), none)
         if not some:
             return found
         modules = tuple(layer.module for layer in some)
