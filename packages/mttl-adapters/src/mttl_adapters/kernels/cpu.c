@@ -65,12 +65,14 @@ INLINE bf16 to_bf16(float value) { /* to nearest, ties to even, as torch rounds 
 
 #define REAL float
 #define NAME(x) x##_f32
+#include "blocks.h"
 #include "grouped.h"
 #undef REAL
 #undef NAME
 
 #define REAL double
 #define NAME(x) x##_f64
+#include "blocks.h"
 #include "grouped.h"
 #undef REAL
 #undef NAME
