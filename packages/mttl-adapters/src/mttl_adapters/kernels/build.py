@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 
-SOURCES = ("cpu.c", "blocks.h", "grouped.h", "scores.h")
+SOURCES = ("cpu.c", "blocks.h", "halves.h", "grouped.h", "scores.h")
 
 _COMMON = ("-O3", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno")
 # The first set that the compiler takes. OpenMP's functions are torch's own, which are loaded

@@ -66,7 +66,12 @@ INLINE bf16 to_bf16(float value) { /* to nearest, ties to even, as torch rounds 
 #define REAL float
 #define NAME(x) x##_f32
 #include "blocks.h"
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#include "halves.h"
+#define HALVES
+#endif
 #include "grouped.h"
+#undef HALVES
 #undef REAL
 #undef NAME
 

@@ -57,6 +57,11 @@ int64_t NAME(mttl_apply)(Expert *experts, int64_t n_experts, int factor_type, in
     while (n_blocks * split < threads && t / (2 * split) >= 64) split *= 2;
     int direct = (out_type == FLOAT64) == (sizeof(REAL) == 8) && out_type != BFLOAT16;
     int copied = factor_type == BFLOAT16 || (factor_type == FLOAT64) != (sizeof(REAL) == 8);
+#ifdef HALVES
+    int halves = factor_type == BFLOAT16 && x_type == BFLOAT16;
+#else
+    int halves = 0;
+#endif
     int64_t chunk = (t + split - 1) / split, n_kept = start[n_experts];
     int64_t x_size = x_type == BFLOAT16 ? 2 : x_type == FLOAT64 ? 8 : 4;
     PARALLEL(if (n_pairs * widest * (i + o) > 32768))
@@ -78,18 +83,30 @@ int64_t NAME(mttl_apply)(Expert *experts, int64_t n_experts, int factor_type, in
             if (!own) continue;
             const Expert *expert = experts + tasks[3 * task];
             int64_t rank = expert->rank, from = tasks[3 * task + 1], to = tasks[3 * task + 2];
-            const REAL *a = NAME(row)(swapped ? expert->b : expert->a, factor_type, 0, rank * i,
-                                      factors);
+            const void *slab = swapped ? expert->b : expert->a;
+            const REAL *a = halves ? NULL : NAME(row)(slab, factor_type, 0, rank * i, factors);
             REAL *h = hidden + first[tasks[3 * task]] + (from - start[tasks[3 * task]]) * rank;
             for (int64_t p = from, m_n; p < to; p += m_n, h += m_n * rank) {
                 const REAL *rows[ROWS];
                 const void *ahead[ROWS];
                 m_n = NAME(rows_of)(to - p);
                 for (int64_t m = 0; m < m_n; m++) {
-                    rows[m] = NAME(row)(x, x_type, order[p + m] / k * x_step, i, xs + m * i);
                     int64_t later = MIN(p + m_n + m, n_kept - 1);
                     ahead[m] = (const char *)x + order[later] / k * x_step * x_size;
                 }
+#ifdef HALVES
+                if (halves) {
+                    const bf16 *as_kept[ROWS];
+                    for (int64_t m = 0; m < m_n; m++)
+                        as_kept[m] = (const bf16 *)x + order[p + m] / k * x_step;
+#define HIDDEN(n) hidden_bf16(as_kept, slab, i, rank, n, h, ahead)
+                    FOR_ROWS(m_n, HIDDEN)
+#undef HIDDEN
+                    continue;
+                }
+#endif
+                for (int64_t m = 0; m < m_n; m++)
+                    rows[m] = NAME(row)(x, x_type, order[p + m] / k * x_step, i, xs + m * i);
 #define HIDDEN(n) NAME(hidden)(rows, a, i, rank, n, h, ahead)
                 FOR_ROWS(m_n, HIDDEN)
 #undef HIDDEN
