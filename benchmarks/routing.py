@@ -63,17 +63,18 @@ def make_base(layers: int, dtype: torch.dtype) -> Any:
 
 
 def open_library(folder: Path, experts: int, layers: int) -> ExpertLibrary:
-    """The generated library in a folder, made unless it is there."""
+    """The first experts of the generated library in a folder, made unless it is there."""
     if not any(folder.iterdir()):
         make_library(str(folder), experts, RANK, layers)
     library = ExpertLibrary(f"local://{folder}")
-    modules = len(lora_modules(library[library.keys()[0]]))
-    if len(library) != experts or modules != 7 * layers:
+    names = library.keys()
+    modules = len(lora_modules(library[names[0]]))
+    if len(names) < experts or modules != 7 * layers:
         raise SystemExit(
-            f"{folder} has {len(library)} experts of {modules} modules, not {experts} of "
+            f"{folder} has {len(names)} experts of {modules} modules, not {experts} of "
             f"{7 * layers}; give another --library"
         )
-    return library
+    return ExpertLibrary(f"local://{folder}", selection=names[:experts])
 
 
 def forward_of(model: Any, ids: Tensor, decode: bool, **given: Any) -> Run:
@@ -338,7 +339,7 @@ def main() -> None:
     parser.add_argument("--named", action="store_true", help="An expert for each row, by name.")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--peer-experts", type=int, default=4, help="Of PEFT's Arrow.")
-    parser.add_argument("--library", type=Path, help="Folder that keeps the generated experts.")
+    parser.add_argument("--library", type=Path, help="Folder that keeps as many experts or more.")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

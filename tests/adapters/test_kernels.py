@@ -284,3 +284,20 @@ def test_kernels_are_chosen_by_name(monkeypatch):
         kernels.choice()
     monkeypatch.setenv("MTTL_KERNELS", "torch")
     assert kernels.compiled(torch.zeros(1)) is None
+
+
+@pytest.mark.parametrize("ranks", [[4] * 6, [4, 0, 16, 1, 7, 0]])
+@pytest.mark.parametrize(("lines", "tokens"), [(3, 1), (900, 1), (5, 40)])
+def test_plain_torch_by_rows_equals_its_loop_over_experts(ranks, lines, tokens):
+    bank = make_bank(ranks)
+    several = bank.append(*next(bank.factors())).remove(6)  # the same experts, not known to lie so
+    several = several.append(torch.zeros(0, bank.in_features), torch.zeros(bank.out_features, 0), 1)
+    assert bank._in_rows
+    assert not several._in_rows
+    x = torch.randn(lines * tokens, bank.in_features)
+    chosen = make_chosen(lines, 6, 2)
+    chosen = Chosen(chosen.experts, chosen.weights, tokens)
+    output = torch.randn(len(x), bank.out_features)
+    with kernels.using("torch"):
+        found, right = (each.add_to(output.clone(), x, chosen) for each in (bank, several))
+    torch.testing.assert_close(found, right, atol=2e-5, rtol=1e-5)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mttl_adapters import crossover, kernels
 from mttl_adapters.chosen import NONE, Chosen
+from mttl_adapters.kernels import rows
 from mttl_adapters.kernels import torch as plain
 from mttl_adapters.slabs import Resident, Run, Slab, TensorSlab, stacked
 
@@ -324,9 +325,8 @@ class Bank:
             self._read(chosen, self.resident)
         x = x.to(torch.promote_types(x.dtype, self.dtype))
         with torch.set_grad_enabled(self._learns(chosen, out, x)):
-            rows = None if torch.is_grad_enabled() or x.dtype != self.dtype else self._bags
-            if rows and chosen.tokens < plain.LINE:
-                return plain.bagged(x, rows, chosen.each(), out)
+            if self._in_rows and x.dtype == self.dtype and not torch.is_grad_enabled():
+                return rows.add_to(out, x, self._in_rows, chosen)
             return plain.grouped(x, self._rows, chosen, out)
 
     def _learns(self, gates: Tensor | Chosen, *tensors: Tensor) -> bool:
@@ -344,12 +344,12 @@ class Bank:
         return dtype
 
     @cached_property
-    def _bags(self) -> plain.Rows | None:
+    def _in_rows(self) -> rows.Rows | None:
         """Where each expert's rows lie, if all lie in one slab."""
         if self.resident or len(self.slabs) != 1:
             return None
         slab, device = self.slabs[0], self.device
-        return plain.Rows(
+        return rows.Rows(
             slab.a,
             slab.b,
             torch.tensor([run.start for run in self.runs], device=device),

@@ -1,5 +1,7 @@
 """Sums over experts in plain torch, on any device, differentiable by autograd.
 
+What ``rows.py`` cannot do: gradients, experts in several slabs, factors of another dtype than x.
+
 Factors come as A (r, i) and B by rows, (r, o), one pair an expert.
 """
 
@@ -10,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mttl_adapters.chosen import Chosen
 
@@ -100,63 +101,6 @@ def _blocks(found: list[int], sizes: list[int]) -> Iterator[list[_Part]]:
         place += size
     if block:
         yield block
-
-
-class Rows(NamedTuple):
-    """Where the rows of each expert lie in A (R, i) and B by rows (R, o).
-
-    Attributes:
-        a: (R, i).
-        b: (R, o).
-        starts: (e,) int64, the first row of each expert.
-        ranks: (e,) int64; None where all are the widest.
-        scalings: (e,) float.
-        widest: the largest rank.
-    """
-
-    a: Tensor
-    b: Tensor
-    starts: Tensor
-    ranks: Tensor | None
-    scalings: Tensor
-    widest: int
-
-
-def bagged(x: Tensor, rows: Rows, chosen: Chosen, out: Tensor) -> Tensor:
-    """``out`` (t, o), added to row by row of the factors, with no loop over the experts.
-
-    Every pair of token and expert is a bag of the expert's rows, in the words of
-    ``embedding_bag``: B h is a weighted sum of rows, and A x, a product with each row, is what its
-    gradient in the weights computes. No gradients go through here. Ranks are padded to the widest
-    by rows of weight 0. The device is never waited for.
-    """
-    width = rows.widest
-    if not width:
-        return out
-    experts = chosen.experts.flatten()
-    order = torch.argsort(experts, stable=True)  # an expert's rows are then read once
-    experts, token_of = experts[order], order // max(1, chosen.experts.shape[1])
-    scaled = chosen.weights.flatten()[order] * rows.scalings[experts]
-    scaled = torch.where(experts < 0, 0, scaled).unsqueeze(1)
-    place = torch.arange(width, device=x.device)
-    bags = rows.starts[experts].unsqueeze(1) + place  # (pairs, r)
-    if rows.ranks is not None:
-        ranks = rows.ranks[experts].unsqueeze(1)
-        bags = bags.minimum((bags[:, :1] + ranks - 1).clamp(min=0))
-        scaled = torch.where(place < ranks, scaled, 0)
-    begin = torch.arange(0, PAIRS * width, width, device=x.device)
-    bag_of = begin.repeat_interleave(width) // width
-    for start in range(0, len(order), PAIRS):
-        part = slice(start, start + PAIRS)
-        taken = x.index_select(0, token_of[part])
-        some = bags[part]
-        hidden = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            taken, rows.a, some.flatten(), begin[: len(some)], bag_of[: some.numel()], 0
-        )
-        hidden = (hidden.view(some.shape) * scaled[part]).to(x.dtype)
-        updates = functional.embedding_bag(some, rows.b, per_sample_weights=hidden, mode="sum")
-        out.index_add_(0, token_of[part], updates.to(out.dtype))
-    return out
 
 
 def sorted_pairs(experts: Tensor) -> tuple[Tensor, list[int], list[int]]:
