@@ -268,7 +268,7 @@ def test_a_full_disk_loses_checkpoints_and_not_the_training(train, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("mttl_adapters.training.save_checkpoint", full)
+    monkeypatch.setattr("mttl_adapters.loop.save_checkpoint", full)
     outcome = train("--task", "copy_last", "--checkpoint-seconds", "0")
     assert outcome.exit_code == 0, outcome.output
     assert outcome.output.count("warning: cannot write the checkpoint") == 1

@@ -285,6 +285,7 @@ def test_activation_checkpointing_changes_nothing(base, experts, mixture, with_e
                 train(routed, mixture[:3], FAST, experts=with_experts, balance=0.3)
             finally:
                 base.activation_checkpointing_disable()
+                base.disable_input_require_grads()  # which the former leaves on
             found.append(weights_of(routed) | experts_of(routed))
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():

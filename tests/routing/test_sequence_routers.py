@@ -166,6 +166,15 @@ def test_predictor_gives_each_row_to_the_expert_of_its_examples(
     assert (predictor.decide(ask(texts, experts=NAMES[3:])) == 0).all()
 
 
+@pytest.mark.parametrize("of", ["hidden", "input"])
+def test_a_base_that_was_set_up_for_checkpointing_gives_plain_vectors(base, loaded, of):
+    base.enable_input_require_grads()
+    try:
+        assert not BaseEmbedding(loaded, of).of_examples(["add one"]).requires_grad
+    finally:
+        base.disable_input_require_grads()
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 9])
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_nearest_centroids_equal_a_slow_loop(mixed_experts, loaded, ask, top_k, temperature):

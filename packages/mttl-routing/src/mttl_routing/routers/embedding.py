@@ -86,12 +86,11 @@ class BaseEmbedding:
                 "tokenizer": base.tokenizer_digest,
             }
 
+    @torch.no_grad()  # all of it: set up for checkpointing, a base has embeddings with gradients
     def of(self, prompt: Prompt) -> Tensor:
         """(b, d) float32 mean over the tokens that count."""
         if self._last is None:
-            table = self._model.get_input_embeddings()
-            with torch.no_grad():
-                states = table(prompt.input_ids)
+            states = self._model.get_input_embeddings()(prompt.input_ids)
         else:
             states = prompt.activations([self._last])[self._last]
         mask = prompt.attention_mask.to(states.device, torch.float32).unsqueeze(-1)  # (b, s, 1)
