@@ -130,7 +130,7 @@ def test_a_router_of_prompts_is_fitted_on_them_as_they_are_asked(library, evalua
                 asked.append(tuple(ids[mask > 0].tolist()))
             return super().decide(prompt)
 
-    monkeypatch.setattr("mttl_routing.routers.Predictor", Spy)
+    monkeypatch.setattr("mttl_routing.routers.kinds.Predictor", Spy)
     outcome = evaluate("--route", "predictor", "--router-rows", "6", "--test-rows", "4")
     assert outcome.exit_code == 0, outcome.output
     assert len(shown) == 12  # of each of two tasks, as it is scored
