@@ -151,11 +151,6 @@ def check(**options: Any) -> EvalOptions:
             f"--route {options['route']} is a router that learns, and a library holds no trained "
             "one; train it by mttl_routing.train, or with new experts by `apps/train --moe 8`"
         )
-    if options["route"] is not None and ROUTERS[options["route"]].learned:
-        raise click.UsageError(
-            f"--route {options['route']} means nothing before it was trained; train one with "
-            "`apps/train --moe N`, which scores it too"
-        )
     _known(options["then"], "--then", CHOOSERS)
     if options["then"] and options["route"] != "retrieval":
         raise click.UsageError("--then is for --route retrieval")
