@@ -64,18 +64,17 @@ EVAL_KEYS = [
 )
 @click.option(
     "--router",
-    default="softmax",
     type=click.Choice(["softmax", "rkhs", "product_key", "mlp"]),
-    help="With --moe: what sends tokens to experts.",
+    help="With --moe: what sends tokens to experts. [default: softmax]",
 )
 @click.option(
-    "--top-k", default=2, type=at_least_1, help="With --moe: experts a token gets (mlp: all)."
+    "--top-k", type=at_least_1, help="With --moe: experts a token gets. [default: 2; mlp: all]"
 )
 @click.option(
     "--balance",
-    default=0.01,
     type=click.FloatRange(0),
-    help="With --moe: weight of the loss that evens out the experts' use.",
+    help="With --moe: weight of the loss that evens out the experts' use; 0 for mlp, which uses "
+    "all of them. [default: 0.01]",
 )
 @click.option("--model", default="embedded", help="Base model: 'embedded', a folder or a hub id.")
 @click.option(

@@ -21,8 +21,6 @@ from mttl_experts import Expert, ExpertLibrary
 from mttl_experts.jobs import Scoring, bar, console, mean, say, write_json
 from mttl_routing import RoutedModel, train
 
-TOP_K = 2
-
 
 def run(options: TrainOptions) -> None:
     """Train the mixture if it is not there yet, score it, and print the table."""

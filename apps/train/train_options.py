@@ -12,6 +12,8 @@ import click
 # Trained when no task is named: chosen by measuring (docs/log.md), chance-level tasks left out.
 DEFAULT_TASKS = ("decimal_chain_sum", "family_relationships", "products", "word_sequence_reversal")
 DEFAULT_STEPS = 40
+# Of a mixture; mlp gives every expert to every token, so there is nothing to even out.
+ROUTER, TOP_K, BALANCE = "softmax", 2, 0.01
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def check(**options: Any) -> TrainOptions:
     options["output"] = Path(options["output"])
     if options["alpha"] is None:
         options["alpha"] = 2.0 * options["rank"]
+    _check_mixture(options)
     job = TrainOptions(**options)
     for option, pattern in (("--layers", job.layers), ("--modules", job.modules)):
         try:
@@ -102,6 +105,25 @@ def check(**options: Any) -> TrainOptions:
     if job.steps and job.epochs:
         raise click.UsageError("--steps and --epochs both say how long to train; give one")
     return job
+
+
+def _check_mixture(options: dict[str, Any]) -> None:
+    """Give the settings of ``--moe`` their defaults, and refuse those that would do nothing."""
+    if not options["moe"]:
+        # top_k may be meant for apps/eval, in a config file for both.
+        for name in ("router", "balance"):
+            if options[name] is not None:
+                raise click.UsageError(f"--{name} is for --moe")
+    dense = options["router"] == "mlp"
+    if dense and options["balance"]:
+        raise click.UsageError(
+            "--router mlp gives every expert to every token, so --balance has nothing to even out; "
+            "leave it out"
+        )
+    defaults = {"router": ROUTER, "top_k": TOP_K, "balance": 0.0 if dense else BALANCE}
+    for name, default in defaults.items():
+        if options[name] is None:
+            options[name] = default
 
 
 def check_metric(name: str | None) -> None:

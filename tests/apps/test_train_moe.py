@@ -87,10 +87,19 @@ def test_an_interrupted_mixture_goes_on_and_ends_the_same(train, monkeypatch):
     assert digests == [ExpertLibrary("local://other").digest(f"moe-{n}") for n in range(3)]
 
 
-def test_what_does_not_go_together_is_said(train):
-    outcome = train(*MOE, "--benchmarks", "arc-easy")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((*MOE, "--benchmarks", "arc-easy"), "apps/eval"),
+        ((*MOE, "--router", "mlp", "--balance", "0.1"), "nothing to even out"),
+        ((*BOTH, "--router", "mlp"), "--router is for --moe"),
+        ((*BOTH, "--balance", "0.1"), "--balance is for --moe"),
+    ],
+)
+def test_what_does_not_go_together_is_said(train, arguments, said):
+    outcome = train(*arguments)
     assert outcome.exit_code != 0
-    assert "apps/eval" in outcome.output
+    assert said in " ".join(outcome.output.replace("│", " ").split())
 
 
 def test_a_router_that_learns_is_no_way_to_evaluate_a_library(app):
