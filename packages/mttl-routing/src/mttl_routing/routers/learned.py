@@ -6,6 +6,7 @@ Their parameters are drawn from a seed, and come to mean something by :func:`mtt
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -108,7 +109,7 @@ class LearnedRouter(nn.Module):
         return parameter[list(lines)]
 
 
-class ScoringRouter(LearnedRouter):
+class ScoringRouter(LearnedRouter, ABC):
     """Makes a :class:`Choice` by the learned scores of the experts that change a layer.
 
     Args:
@@ -121,9 +122,9 @@ class ScoringRouter(LearnedRouter):
         super().__init__(names)
         self.choice = Choice() if choice is None else choice
 
+    @abstractmethod
     def scores(self, x: Tensor, layer: Layer) -> Tensor:
         """(t, n) of the experts ``layer.present``, in float32 at least, the higher the better."""
-        raise NotImplementedError
 
     def gates(self, x: Tensor, layer: Layer, rows: Rows) -> Chosen:
         """(t, k) experts, the best first, and their weights."""
