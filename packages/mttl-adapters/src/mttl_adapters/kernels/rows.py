@@ -14,14 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mttl_adapters.chosen import Chosen
+from mttl_adapters.kernels.torch import LINE, PAIRS
 
-# Pairs of token and expert that are worked on at a time: what they need stays in the caches, and
-# is too small for the allocator to fetch it from the system anew, page by page.
-PAIRS = 512
 # Up to so many pairs, sorting them so that an expert's rows are read once does not pay.
 UNSORTED = 64
-# Tokens of a line of one choice from which on they are multiplied as they lie.
-LINE = 16
 
 
 @dataclass(frozen=True, eq=False)
