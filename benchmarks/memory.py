@@ -2,7 +2,7 @@
 
     uv run benchmarks/memory.py --experts 256 --layers 30 [--dtype bfloat16] --library FOLDER
     uv run benchmarks/memory.py ... --bank-files FOLDER [--resident-gb 2]
-    uv run benchmarks/memory.py --experts 256 --layers 1 --peer
+    uv run benchmarks/memory.py --experts 256 --layers 1 --library FOLDER --peer
 
 Arrow over generated experts of rank 16 of SmolLM2-135M's shapes, the first of ``--library``, which
 is made where there is none. Memory is that of the process beyond the base model (``RssAnon`` and
@@ -21,19 +21,17 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from generated import make_library
-from routing import VOCABULARY, make_base
+from routing import VOCABULARY, PlainArrow, make_base
 
 from mttl_adapters import BankFiles
-from mttl_experts import ExpertLibrary, lora_modules
+from mttl_experts import ExpertLibrary
 from mttl_routing import RoutedModel
-from mttl_routing.routers import arrow_prototypes
 
 RANK, TOP_K, ROWS, TOKENS, MEGABYTE = 16, 2, 8, 256, 10**6
 
@@ -85,35 +83,6 @@ def watched() -> Iterator[Peak]:
 def forward(model: Any, ids: torch.Tensor) -> None:
     """One prefill of all tokens."""
     model(input_ids=ids, use_cache=False)
-
-
-def looped(base: Any, library: ExpertLibrary, ids: torch.Tensor) -> torch.Tensor:
-    """Logits by hooks that score all experts in float32 and add up those chosen, token by token."""
-    vectors: dict[str, list[torch.Tensor]] = {}
-    factors = [lora_modules(expert) for expert in library.values()]
-    for expert in library.values():
-        for path, vector in arrow_prototypes(expert).items():
-            vectors.setdefault(path, []).append(vector)
-    modules = dict(base.named_modules())
-
-    def hook(path: str, _: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        x = args[0].flatten(0, -2)
-        best = (x @ torch.stack(vectors[path]).T).abs().topk(TOP_K, dim=1)
-        added = torch.zeros(len(x), output.shape[-1])
-        for token, (experts, gates) in enumerate(
-            zip(best.indices.tolist(), best.values.softmax(dim=1), strict=True)
-        ):
-            for expert, gate in zip(experts, gates, strict=True):
-                f = factors[expert][path]
-                added[token] += gate * f.scaling * (f.b.float() @ (f.a.float() @ x[token]))
-        return output + added.view(output.shape)
-
-    with ExitStack() as stack:
-        for path in vectors:
-            handle = modules[path].register_forward_hook(partial(hook, path))
-            stack.callback(handle.remove)
-        logits: torch.Tensor = base(input_ids=ids, use_cache=False).logits
-    return logits
 
 
 class Run:
@@ -194,7 +163,8 @@ class Run:
     @torch.no_grad()
     def check(self, found: torch.Tensor) -> None:
         """End the run where logits are not those of a loop over all experts."""
-        expected = looped(self.base, self.library, self.ids[:1, :16])
+        plain = PlainArrow(self.library, TOP_K, self.dtype)
+        expected = plain.logits(self.base, self.ids[:1, :16])
         error = float((found - expected).norm() / expected.norm())
         if not error <= (1e-4 if self.dtype == torch.float32 else 5e-2):
             raise SystemExit(f"logits differ by {error:.2e} of their norm")
