@@ -30,7 +30,11 @@ HAS = {
 }
 collect_ignore = [
     *([] if HAS["az"] else ["storage/test_azure.py", "storage/test_testing_azurite.py"]),
-    *([] if HAS["hf"] else [f"storage/test_{n}.py" for n in ("hub", "hub_pages", "testing_hub")]),
+    *(
+        []
+        if HAS["hf"]
+        else ["storage/test_hub.py", "storage/test_hub_pages.py", "storage/testing_hub"]
+    ),
 ]
 _numbers = itertools.count()
 

@@ -4,6 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from mttl_experts import Expert, lora_modules
+from mttl_routing import MERGES, merge
 from tests.routing.slow_merges import (
     Given,
     slow_breadcrumbs,
@@ -25,10 +29,6 @@ from tests.routing.slow_merges import (
     slow_tsv,
     slow_wudi,
 )
-from torch import Tensor
-
-from mttl_experts import Expert, lora_modules
-from mttl_routing import MERGES, merge
 
 WHOLE = {"scale": 1.0}
 """Without a factor λ, under which no merge of one could be itself."""

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+
+from mttl_experts import Expert, ExpertInfo
+from mttl_routing import MERGES, merge
 from tests.routing.merge_cases import (
     CASES,
     EQUAL,
@@ -24,9 +27,6 @@ from tests.routing.merge_cases import (
     slow_merge,
     uneven,
 )
-
-from mttl_experts import Expert, ExpertInfo
-from mttl_routing import MERGES, merge
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ from hypothesis import given as each
 from hypothesis import settings
 from hypothesis import strategies as st
 from peft.utils.merge_utils import ties as peft_ties
-from tests.routing.merge_cases import deltas_of, same, scaled, slow_merge
-from tests.routing.slow_merges import Given, slow_ties
 from torch import Tensor
 
 from mttl_experts import Expert, lora_modules
@@ -19,6 +17,8 @@ from mttl_routing.merges.della import chances
 from mttl_routing.merges.rule import LowRank, Update
 from mttl_routing.merges.spaces import core
 from mttl_routing.merges.spherical import average_point
+from tests.routing.merge_cases import deltas_of, same, scaled, slow_merge
+from tests.routing.slow_merges import Given, slow_ties
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.5, 0.97])
