@@ -260,9 +260,7 @@ class Bank:
             chosen = chosen.each()
             cpu.add_to(output, x, self, chosen.experts, chosen.weights)
             return output
-        sums = output.to(self._wide(x, output))
-        self._add_grouped(sums, x, chosen)
-        return output if sums is output else output.copy_(sums)
+        return self._add_grouped(output, x, chosen)
 
     def apply_dense(self, x: Tensor, gates: Tensor | Chosen) -> Tensor:
         """:meth:`apply` by two products over all ranks, the gates repeated for each rank."""
@@ -320,14 +318,16 @@ class Bank:
         return plain.dense(x.to(dtype), self.a, self.b.T, self._per_rank(gates), out)
 
     def _add_grouped(self, out: Tensor, x: Tensor, chosen: Chosen) -> Tensor:
-        """``out`` (t, o), in float32 at least, with the sums of plain torch added."""
+        """``out`` (t, o) with the sums of plain torch added, in place but for gradients."""
         if self.resident:
             self._read(chosen, self.resident)
         x = x.to(torch.promote_types(x.dtype, self.dtype))
         with torch.set_grad_enabled(self._learns(chosen, out, x)):
             if self._in_rows and x.dtype == self.dtype and not torch.is_grad_enabled():
                 return rows.add_to(out, x, self._in_rows, chosen)
-            return plain.grouped(x, self._rows, chosen, out)
+            wide = out.to(self._wide(x, out))
+            sums = plain.grouped(x, self._rows, chosen, wide)
+            return sums if wide is out else out.copy_(sums)
 
     def _learns(self, gates: Tensor | Chosen, *tensors: Tensor) -> bool:
         """Whether a gradient is wanted of anything here."""

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mttl_adapters.chosen import Chosen
-from mttl_adapters.kernels.torch import LINE, PAIRS
+from mttl_adapters.kernels.torch import LINE
 
-# Up to so many pairs, sorting them so that an expert's rows are read once does not pay.
-UNSORTED = 64
+# Tokens whose updates are held at a time.
+TOKENS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +52,12 @@ class Rows:
             scaled = torch.where(place < ranks, scaled, 0)
         return rows.flatten(1), scaled.expand(rows.shape).flatten(1)
 
-    def update(self, x: Tensor, bags: Tensor, scaled: Tensor) -> Tensor:
-        """What each token's bag (n, w) makes of it, (n, o)."""
-        width = bags.shape[1]
-        begin = torch.arange(0, bags.numel(), width, device=x.device)
-        bag_of = begin.repeat_interleave(width).floor_divide_(width)
+    def update(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """What the experts (n, k) of each token make of it, (n, o)."""
+        bags, scaled = self.bags(experts, weights)
+        tokens = torch.arange(len(bags), device=x.device)
         hidden = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            x, self.a, bags.flatten(), begin, bag_of, 0
+            x, self.a, bags.flatten(), tokens, tokens.repeat_interleave(bags.shape[1]), 0
         )
         hidden = (hidden.view(bags.shape) * scaled).to(x.dtype)
         return functional.embedding_bag(bags, self.b, per_sample_weights=hidden, mode="sum")
@@ -71,18 +70,9 @@ def add_to(out: Tensor, x: Tensor, rows: Rows, chosen: Chosen) -> Tensor:
     if chosen.tokens >= LINE:
         return _by_line(out, x, rows, chosen)
     chosen = chosen.each()
-    if chosen.experts.numel() <= UNSORTED:
-        return out.add_(rows.update(x, *rows.bags(chosen.experts, chosen.weights)))
-    experts = chosen.experts.flatten()
-    order = torch.argsort(experts, stable=True)
-    token_of = order // chosen.experts.shape[1]
-    weights = chosen.weights.flatten()[order].unsqueeze(1)
-    bags, scaled = rows.bags(experts[order].unsqueeze(1), weights)
-    for start in range(0, len(order), PAIRS):
-        part = slice(start, start + PAIRS)
-        tokens = token_of[part]
-        update = rows.update(x.index_select(0, tokens), bags[part], scaled[part])
-        out.index_add_(0, tokens, update.to(out.dtype))
+    for some in range(0, len(out), TOKENS):
+        part = slice(some, some + TOKENS)
+        out[part].add_(rows.update(x[part], chosen.experts[part], chosen.weights[part]))
     return out
 
 
