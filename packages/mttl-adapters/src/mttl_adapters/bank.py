@@ -348,15 +348,8 @@ class Bank:
         """Where each expert's rows lie, if all lie in one slab."""
         if self.resident or len(self.slabs) != 1:
             return None
-        slab, device = self.slabs[0], self.device
-        return rows.Rows(
-            slab.a,
-            slab.b,
-            torch.tensor([run.start for run in self.runs], device=device),
-            None if min(self.ranks) == self.widest else torch.tensor(self.ranks, device=device),
-            torch.tensor(self.scalings, device=device),
-            self.widest,
-        )
+        slab = self.slabs[0]
+        return rows.Rows.of(slab.a, slab.b, self.runs, self.scalings)
 
     def _rows(self, expert: int) -> Factors:
         """An expert's A (r, i) and B by rows (r, o), as views."""

@@ -7,14 +7,15 @@ weights computes. No gradients go through here, and the device is never waited f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mttl_adapters.chosen import Chosen
 from mttl_adapters.kernels.torch import LINE
+from mttl_adapters.slabs import Run
 
 # Tokens whose updates are held at a time.
 TOKENS = 1024
@@ -27,45 +28,47 @@ class Rows:
     Attributes:
         a: (R, i), all rows of A.
         b: (R, o), all rows of B's transpose.
-        starts: (e,) int64, the first row of each expert.
-        ranks: (e,) int64; None where all are the widest.
-        scalings: (e,) float.
-        widest: the largest rank.
+        places: (e, r) int64, the rows of each expert, r the largest rank; what pads a rank are
+            some of its rows again.
+        scalings: (e, r) float, of each of those, and 0 for what pads a rank.
     """
 
     a: Tensor
     b: Tensor
-    starts: Tensor
-    ranks: Tensor | None
+    places: Tensor
     scalings: Tensor
-    widest: int
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor, runs: Sequence[Run], scalings: Sequence[float]) -> Rows:
+        """Those of experts that lie in ``runs`` of rows of ``a`` (R, i) and ``b`` (R, o)."""
+        starts = torch.tensor([run.start for run in runs]).unsqueeze(1)
+        ranks = torch.tensor([run.rank for run in runs]).unsqueeze(1)
+        place = torch.arange(int(ranks.max()))
+        scaled = torch.tensor(scalings).unsqueeze(1) * (place < ranks)
+        places = (starts + place.minimum(ranks - 1)).clamp(min=0)
+        return cls(a, b, places.to(a.device), scaled.to(a.device))
 
     def bags(self, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (n, k r) of the experts (n, k), and what each counts; 0 for what pads a rank."""
-        place = torch.arange(self.widest, device=experts.device)
-        starts = self.starts[experts].unsqueeze(2)
-        scaled = torch.where(experts < 0, 0, weights * self.scalings[experts]).unsqueeze(2)
-        rows = starts + place  # (n, k, r)
-        if self.ranks is not None:
-            ranks = self.ranks[experts].unsqueeze(2)
-            rows = rows.minimum((starts + ranks - 1).clamp(min=0))
-            scaled = torch.where(place < ranks, scaled, 0)
-        return rows.flatten(1), scaled.expand(rows.shape).flatten(1)
+        weights = weights.masked_fill(experts < 0, 0).unsqueeze(2)
+        return self.places[experts].flatten(1), (self.scalings[experts] * weights).flatten(1)
 
     def update(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """What the experts (n, k) of each token make of it, (n, o)."""
         bags, scaled = self.bags(experts, weights)
-        tokens = torch.arange(len(bags), device=x.device)
+        (n, width), rows = bags.shape, bags.flatten()
+        begin = torch.arange(0, n * width, width, device=x.device)
+        bag_of = torch.arange(n, device=x.device).repeat_interleave(width)
         hidden = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            x, self.a, bags.flatten(), tokens, tokens.repeat_interleave(bags.shape[1]), 0
+            x, self.a, rows, begin, bag_of, 0
         )
-        hidden = (hidden.view(bags.shape) * scaled).to(x.dtype)
-        return functional.embedding_bag(bags, self.b, per_sample_weights=hidden, mode="sum")
+        hidden = (hidden * scaled.flatten()).to(x.dtype)
+        return torch.embedding_bag(self.b, rows, begin, False, 0, False, hidden)[0]
 
 
 def add_to(out: Tensor, x: Tensor, rows: Rows, chosen: Chosen) -> Tensor:
     """``out`` (t, o), in place, with what the chosen experts make of x (t, i)."""
-    if not rows.widest or not chosen.experts.numel():
+    if not rows.places.numel() or not chosen.experts.numel():
         return out
     if chosen.tokens >= LINE:
         return _by_line(out, x, rows, chosen)
