@@ -35,15 +35,26 @@ class Case:
         gate: the gate of an expert, by its name, the row's task and how many experts there are.
         row: the gates of a whole row by expert, from its token ids and :class:`Prompts`; where
             there is a ``score`` too, that decides among those whose gate is not 0.
+        blend: the gate of an expert, one number or one a head, from what :class:`Seen` holds of it,
+            and the row's task.
         options: for ``RoutedModel.from_library``.
         with_data: whether it learns from batches.
+        learns: whether it has parameters; they are drawn anew, so that they tell.
+        chooses: whether it takes ``top_k`` of the scores, and all else of a ``Choice``.
+        tasks: of the rows, where it goes by them.
+        ways: to combine that it is defined for.
     """
 
     score: Callable[[Tensor, Any], float] | None = None
     gate: Callable[[str, str, int], float] | None = None
     row: Callable[[list[int], Any], dict[str, float]] | None = None
+    blend: Callable[[Any, str], Tensor] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     with_data: bool = False
+    learns: bool = False
+    chooses: bool = True
+    tasks: tuple[str, ...] = ()
+    ways: tuple[str, ...] = ("after", "before")
 
 
 def standardised(x: Tensor) -> Tensor:
@@ -98,6 +109,29 @@ def by_retrieval(ids, prompts):
     return {name: 1 / len(found) for name in found}
 
 
+def by_softmax(x, of):
+    return float((of.learned["of_token"] @ x) @ (of.learned["of_expert"] @ of.own("embeddings")))
+
+
+def by_product_key(x, of):
+    query, half = of.learned["query"] @ x, len(of.learned["query"]) // 2
+    side = math.ceil(math.sqrt(of.count))
+    first, second = of.learned["first"][of.line // side], of.learned["second"][of.line % side]
+    return float(query[:half] @ first + query[half:] @ second)
+
+
+def by_network(x, of):
+    hidden = (of.learned["first"] @ x + of.learned["first_bias"]).relu()
+    return float(of.own("second") @ hidden + of.own("second_bias"))
+
+
+def by_task(of, task):
+    """Of all experts, those that leave the layer alone as well."""
+    z, tasks = of.learned["logits"], of.tasks
+    opened = (z[tasks.index(task)] if task in tasks else z.mean(0)).sigmoid()  # (e) or (q, e)
+    return (opened / opened.sum(-1, keepdim=True))[..., of.line]
+
+
 CASES = {
     "arrow": Case(by_prototype),
     "spectr": Case(by_norm),
@@ -109,14 +143,25 @@ CASES = {
     "fixed": Case(
         gate=lambda name, task, count: WEIGHTS.get(name, 0.0), options={"weights": WEIGHTS}
     ),
-    "task": Case(gate=lambda name, task, count: float(name == task)),
+    "task": Case(
+        gate=lambda name, task, count: float(name == task), tasks=("cleo", "anna", "cleo")
+    ),
     "predictor": Case(row=by_words),
     "lorauter": Case(row=by_nearest_tasks),
     "logo": Case(row=by_last_token),
     "retrieval": Case(row=by_retrieval),
     "retrieval, then arrow": Case(by_prototype, row=by_retrieval, options={"then": "arrow"}),
+    "softmax": Case(by_softmax, learns=True),
+    "product_key": Case(by_product_key, learns=True),
+    "mlp": Case(by_network, learns=True, chooses=False),
+    "poly": Case(blend=by_task, learns=True, tasks=("cleo", "anna", "a task that nobody knows")),
+    "mhr": Case(
+        blend=by_task,
+        learns=True,
+        tasks=("cleo", "anna", "a task that nobody knows"),
+        ways=("before",),
+    ),
 }
-TASKS = ("cleo", "anna", "cleo")
 QUERIES = "model.layers.1.self_attn.q_proj"
 
 
@@ -161,15 +206,16 @@ def case(request):
 
 @pytest.fixture
 def routed_by(loaded, libraries):
-    def make(name: str, library=None, combine: str = "after", top_k: int = TOP_K, **options):
+    def make(name: str, library=None, combine: str = "", top_k: int = TOP_K, **options):
         case = CASES[name]
         router = name.partition(",")[0]
+        combine = combine or case.ways[0]
         library = libraries[combine] if library is None else library
         if case.with_data:
             options["batches"] = batches_of
         if case.row is not None and router != "logo":
             options["examples"] = examples_of(library.values())
-        return RoutedModel.from_library(
+        made = RoutedModel.from_library(
             library,
             router,
             top_k,
@@ -178,12 +224,19 @@ def routed_by(loaded, libraries):
             base_model=loaded,
             **{**case.options, **options},
         )
+        if case.learns:
+            generator = torch.Generator().manual_seed(3)
+            with torch.no_grad():
+                for parameter in made.router.parameters():
+                    parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+        return made
 
     return make
 
 
 def tasks_of(name: str, rows: int = 3) -> dict[str, Any]:
-    return {"task_names": TASKS[:rows]} if name == "task" else {}
+    tasks = CASES[name].tasks
+    return {"task_names": tasks[:rows]} if tasks else {}
 
 
 @torch.no_grad()
@@ -288,28 +341,61 @@ def prompts(base, libraries, known):
     }
 
 
+def with_learned(known, router):
+    """What the slow loop knows of each expert at each module, and what a router learned there."""
+    state = {name: value.double() for name, value in router.state_dict().items()}
+    found: dict[str, dict[str, SimpleNamespace]] = {}
+    for path, here in known.items():
+        ending = "." + path.replace(".", "/")
+        learned = {n.removesuffix(ending): v for n, v in state.items() if n.endswith(ending)}
+        found[path] = {
+            name: Learned(
+                a=of.a,
+                b=of.b,
+                delta=of.delta,
+                learned=learned,
+                line=router.names.index(name),
+                count=len(router.names),
+                tasks=getattr(router, "tasks", ()),
+            )
+            for name, of in here.items()
+        }
+    return found
+
+
+class Learned(SimpleNamespace):
+    """An expert at a module, and the router's tensors there."""
+
+    def own(self, part: str) -> Tensor:
+        """The expert's line of one of them."""
+        return self.learned[part][self.line]
+
+
 def slow_logits(
     base, known, prompts, case: Case, n_experts: int, combine: str, tokens: Tensor
 ) -> Tensor:
     """In float64, by a loop over tokens and experts."""
     model = copy.deepcopy(base).double()
+    tasks = case.tasks or (None,) * len(tokens)
     of_row = [{} if case.row is None else case.row(ids, prompts) for ids in tokens.tolist()]
 
     def gates_of(x, here, row, task):
         if case.gate is not None:
             return {name: case.gate(name, task, n_experts) for name in here}
+        if case.blend is not None:
+            return {name: case.blend(of, task) for name, of in here.items()}
         if case.row is not None:
             here = {name: of for name, of in here.items() if of_row[row].get(name)}
             if case.score is None:
                 return {name: of_row[row][name] for name in here}
         scores = {name: case.score(x, of) / TEMPERATURE for name, of in here.items()}
-        kept = best(scores, TOP_K)
+        kept = best(scores, TOP_K if case.chooses else len(scores))
         total = sum(math.exp(scores[name]) for name in kept)
         return {name: math.exp(scores[name]) / total for name in kept}
 
     def hook(here, module, args, output):
         added = torch.zeros_like(output)
-        for row, task in enumerate(TASKS):
+        for row, task in enumerate(tasks):
             for place in range(output.shape[1]):
                 x = args[0][row, place]
                 gates = gates_of(x, here, row, task)
@@ -317,8 +403,11 @@ def slow_logits(
                     for name, gate in gates.items():
                         added[row, place] += gate * (here[name].delta @ x)
                 elif gates:
-                    a = sum(gate * here[name].a for name, gate in gates.items())
-                    b = sum(gate * here[name].b for name, gate in gates.items())
+                    a = sum(here[name].a * each_of(gate, len(x)) for name, gate in gates.items())
+                    b = sum(
+                        here[name].b * each_of(gate, output.shape[-1])[:, None]
+                        for name, gate in gates.items()
+                    )
                     added[row, place] = b @ (a @ x)
         return output + added
 
@@ -328,19 +417,30 @@ def slow_logits(
     return logits_of(model, tokens)
 
 
-@pytest.mark.parametrize("combine", ["after", "before"])
+def each_of(gate, features: int) -> Tensor:
+    """One number for each feature, from one for all or one for each head's slice of them."""
+    gate = torch.as_tensor(gate, dtype=torch.float64).reshape(-1)
+    return gate.repeat_interleave(features // len(gate))
+
+
+@pytest.mark.parametrize(
+    ("case", "combine"), [(name, way) for name, of in CASES.items() for way in of.ways]
+)
 def test_it_equals_a_slow_loop(base, libraries, known, prompts, routed_by, case, combine, tokens):
+    of_experts = known[combine]
+    with routed_by(case, combine=combine) as routed:
+        actual = logits_of(routed, tokens, **tasks_of(case))
+        if CASES[case].learns:
+            of_experts = with_learned(of_experts, routed.router)
     expected = slow_logits(
         base,
-        known[combine],
+        of_experts,
         prompts[combine],
         CASES[case],
         len(libraries[combine]),
         combine,
         tokens,
     )
-    with routed_by(case, combine=combine) as routed:
-        actual = logits_of(routed, tokens, **tasks_of(case))
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=2e-4)
     assert not torch.allclose(logits_of(base, tokens).double(), expected, atol=1e-2)
 
@@ -366,11 +466,12 @@ def test_a_row_does_not_see_its_neighbours_or_its_padding(routed_by, case, side,
 
 
 def test_the_order_of_the_experts_makes_no_difference(loaded, libraries, routed_by, case, tokens):
-    experts = list(libraries["after"].values())
+    combine = CASES[case].ways[0]
+    experts = list(libraries[combine].values())
     with routed_by(case) as routed:
         expected, router = logits_of(routed, tokens, **tasks_of(case)), routed.router
     for order in (experts[::-1], experts[2:] + experts[:2]):
-        with RoutedModel(loaded, order, router) as routed:
+        with RoutedModel(loaded, order, router, combine=combine) as routed:
             actual = logits_of(routed, tokens, **tasks_of(case))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
@@ -383,7 +484,7 @@ def test_generate_with_a_cache_equals_generate_without(base, routed_by, case, mo
         options["num_beams"] = 4
     ids = tokens[:rows]
     mask = torch.ones_like(ids)
-    mask[0, :2] = 0 if rows > 1 else 1  # one row is padded
+    mask[0, :2] = 0  # one row is padded
     assistant = {"assistant_model": copy.deepcopy(base)} if mode == "assisted" else {}
     inputs = {"attention_mask": mask, **tasks_of(case, rows), **options}
     with routed_by(case) as routed:
@@ -427,7 +528,9 @@ def test_its_own_expert_alone_is_that_expert(base, make_expert, routed_by, case,
     "options",
     [{"top_p": 0.25}, {"threshold": 0.4999}, {"null": True}, {"top_p": 0.25, "null": True}],
 )
-@pytest.mark.parametrize("case", [name for name, of in CASES.items() if of.score and not of.row])
+@pytest.mark.parametrize(
+    "case", [name for name, of in CASES.items() if of.score and of.chooses and not of.row]
+)
 def test_routers_that_choose_take_all_of_the_choice(base, routed_by, case, options, tokens):
     with routed_by(case) as routed:
         plain = logits_of(routed, tokens)
@@ -440,5 +543,5 @@ def test_routers_that_choose_take_all_of_the_choice(base, routed_by, case, optio
 
 def test_every_case_is_a_router_and_older_names_are_the_same_ones():
     assert {name.partition(",")[0] for name in CASES} <= set(ROUTERS)
-    for older, name in {"avg_act": "centroid", "oracle": "task"}.items():
+    for older, name in {"avg_act": "centroid", "oracle": "task", "rkhs": "softmax"}.items():
         assert ROUTERS[older] == ROUTERS[name]
