@@ -199,3 +199,26 @@ def test_wrong_shapes_are_named():
     bank = Bank.from_factors(make_factors([2, 2]))
     with pytest.raises(ValueError, match=r"x \(3, 12\) and gates \(3, 5\).*gates \(t, 2\)"):
         bank.apply(torch.zeros(3, IN), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("part", [0, 1])
+def test_factors_that_are_not_finite_are_refused_since_others_would_suffer(bad, part):
+    def expert(value):
+        factors = [torch.ones(2, 4), torch.ones(3, 2)]
+        factors[part][1, 0] = value
+        return *factors, 1.0
+
+    good, spoilt = expert(1.0), expert(bad)
+    said = rf"NaN or infinite number in {'AB'[part]}; leave it out"
+    with pytest.raises(ValueError, match=f"expert 1 has a {said}"):
+        Bank.from_factors([good, spoilt])
+    bank = Bank.from_factors([good])
+    for change in (bank.append, lambda *factors: bank.replace(0, *factors)):
+        with pytest.raises(ValueError, match=f"the new expert has a {said}"):
+            change(*spoilt)
+
+
+def test_finite_factors_may_add_up_to_infinity():
+    large = torch.full((1, 4), 6e4, dtype=torch.float16)
+    assert len(Bank.from_factors([(large, large.T, 1.0)])) == 1

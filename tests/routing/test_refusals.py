@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from mttl_adapters import BankFiles
 from mttl_experts import (
     Expert,
     ExpertLibrary,
     IncompatibleExpertError,
     IncompatibleExpertWarning,
+    UnsupportedAdapterError,
 )
 from mttl_routing import RoutedModel, Uniform, apply_expert
 from mttl_routing.routers import arrow_prototypes
@@ -168,3 +170,38 @@ def test_an_expert_that_changes_nothing_in_a_layer_has_any_prototype(base, make_
     with apply_expert(base, fresh) as routed:
         found = logits_of(routed, tokens)
     torch.testing.assert_close(found, logits_of(base, tokens))
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_an_expert_that_is_not_finite_is_refused_and_named(
+    base, make_expert, mixed_experts, part, tokens, tmp_path
+):
+    """Or tokens that never chose it would get no number, by 0 times infinity."""
+    weights = dict(make_expert("spoilt").expert_weights)
+    path = "model.layers.1.self_attn.v_proj"
+    key = f"base_model.model.{path}.{part}.weight"
+    weights[key] = weights[key].clone()
+    weights[key][1, 1] = torch.inf
+    spoilt = Expert(make_expert("spoilt").expert_info, weights)
+    said = rf"'spoilt' has a NaN or infinite number in {part} of module '{path}'"
+
+    files = BankFiles(tmp_path)
+    for options in ({}, {"bank_files": files}):
+        with pytest.raises(UnsupportedAdapterError, match=said):
+            RoutedModel.from_experts(
+                [*mixed_experts, spoilt], "uniform", base_model=base, **options
+            )
+    with RoutedModel.from_experts(mixed_experts, "uniform", base_model=base) as routed:
+        expected = logits_of(routed, tokens)
+        with pytest.raises(UnsupportedAdapterError, match=said):
+            routed.add_expert(spoilt)
+        named = Expert(dataclasses.replace(spoilt.expert_info, expert_name="anna"), weights)
+        with pytest.raises(UnsupportedAdapterError, match=said.replace("spoilt", "anna")):
+            routed.replace_expert(named)
+        assert torch.equal(logits_of(routed, tokens), expected)
+
+
+def test_an_expert_too_large_for_the_dtype_asked_for_is_refused(base, make_expert):
+    expert = make_expert("large", size=1e6)
+    with pytest.raises(UnsupportedAdapterError, match=r"'large'.*as torch\.float16"):
+        RoutedModel.from_experts([expert], "uniform", base_model=base, dtype=torch.float16)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mttl_adapters import crossover, kernels
 from mttl_adapters.chosen import NONE, Chosen
+from mttl_adapters.finite import is_finite
 from mttl_adapters.kernels import rows
 from mttl_adapters.kernels import torch as plain
 from mttl_adapters.slabs import Resident, Run, Slab, TensorSlab, stacked
@@ -32,6 +33,7 @@ class Bank:
     An expert that leaves the layer alone is an expert of rank 0: it keeps its column in the gates
     and costs nothing. A bank never changes. :meth:`append`, :meth:`remove` and :meth:`replace`
     give another one that shares its memory, so whoever is computing with this one is not disturbed.
+    All factors are finite, so that an expert that a token did not choose changes nothing for it.
 
     Attributes:
         slabs: memory with the experts' rows.
@@ -455,6 +457,9 @@ def _check_factors(a: Tensor, b: Tensor, features: tuple[int, int], who: str) ->
             f"{who} has A {tuple(a.shape)} and B {tuple(b.shape)}; "
             f"this bank wants A (r, {features[1]}) and B ({features[0]}, r)"
         )
+    for name, factor in (("A", a), ("B", b)):
+        if not is_finite(factor):
+            raise ValueError(f"{who} has a NaN or infinite number in {name}; leave it out")
 
 
 __all__ = ["NONE", "Bank", "Chosen", "Factors", "Resident", "Run", "Slab", "TensorSlab"]

@@ -6,7 +6,6 @@ out is made an expert that PEFT reads.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +13,9 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mttl_adapters.finite import is_finite
 from mttl_experts import (
     Expert,
     ExpertInfo,
@@ -155,9 +154,7 @@ def _scaled(update: LowRank | Tensor, scale: float) -> LowRank | Tensor:
 
 
 def _check_finite(expert: Expert, module: str, factors: LoraFactors) -> None:
-    # NaN and infinity show in the least or the largest: one pass, and nothing is written.
-    ends = [end for part in (factors.a, factors.b) for end in torch.aminmax(part)]
-    if not all(math.isfinite(end) for end in ends):
+    if not (is_finite(factors.a) and is_finite(factors.b)):
         raise UnsupportedAdapterError(
             f"expert {expert.name!r} has NaN or infinite numbers in module {module!r}; leave it out"
         )

@@ -12,10 +12,12 @@ from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from mttl_adapters import BankFiles
 from mttl_adapters.bank import Bank, Run, TensorSlab
-from mttl_experts import Expert, lora_modules
+from mttl_adapters.finite import is_finite
+from mttl_experts import Expert, UnsupportedAdapterError, lora_modules
 from mttl_routing.cohort import check_features
 
 # Experts that are read at a time.
@@ -35,7 +37,7 @@ class Source(Protocol):
         One that leaves a module alone has rank 0 there.
 
         Raises:
-            UnsupportedAdapterError: an expert is no plain LoRA.
+            UnsupportedAdapterError: an expert is no plain LoRA, or has weights that are not finite.
             IncompatibleExpertError: a module has another shape in one expert than in another.
         """
 
@@ -74,8 +76,9 @@ class InMemory:
             for module, factors in lora_modules(expert.unread()).items():
                 bank = banks[module]
                 _, start, rank = bank.runs[column]
-                bank.slabs[0].a[start : start + rank] = factors.a
-                bank.slabs[0].b[start : start + rank] = factors.b.T
+                a, b = (part[start : start + rank] for part in (bank.slabs[0].a, bank.slabs[0].b))
+                a[:], b[:] = factors.a, factors.b.T
+                _check_finite(expert, module, a, b)
         return banks
 
     def changed(self) -> None:
@@ -132,8 +135,20 @@ class InFiles:
         digest = expert.digest
         if digest not in self.files:
             factors = lora_modules(expert.unread())
+            for module, f in factors.items():
+                _check_finite(expert, module, f.a.to(self.dtype), f.b.to(self.dtype))
             self.files.add(digest, {path: (f.a, f.b, f.scaling) for path, f in factors.items()})
         return digest
+
+
+def _check_finite(expert: Expert, module: str, a: Tensor, b: Tensor) -> None:
+    """Refuse an expert that would spoil the tokens of others, while its rows are in the caches."""
+    for name, factor in (("lora_A", a), ("lora_B", b)):
+        if not is_finite(factor):
+            raise UnsupportedAdapterError(
+                f"expert {expert.name!r} has a NaN or infinite number in {name} of module "
+                f"{module!r}, as {factor.dtype}; leave it out"
+            )
 
 
 class _Shape(NamedTuple):
