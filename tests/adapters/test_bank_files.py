@@ -150,20 +150,36 @@ def test_resident_memory_follows_use_and_stays_within_its_bound(kernel, tmp_path
     assert 4 * 2**20 < highest <= used + 8 * 2**20
 
 
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
 def damaged(content: bytes) -> dict[str, bytes]:
+    begin = 8 + int.from_bytes(content[:8], "little")
     return {
         "empty": b"",
         "truncated": content[:-1],
         "cut off in the header": content[:50],
         "longer": content + b"\0",
         "of another kind": b"\0" * len(content),
-        "of another format": content.replace(b'"format\\": 1', b'"format\\": 2'),
+        "of another format": content.replace(b'"format\\": 2', b'"format\\": 1'),
         "of another shape": content.replace(b'"shape":[4,40]', b'"shape":[4,41]'),
+        "of another scaling": content.replace(b'_proj\\": 0.5', b'_proj\\": 0.7'),
+        "with another seal": flipped(content, len(content) - 1),
+        "with another header": flipped(content, content.index(b"q_proj.a")),
+        "with another first number": flipped(content, begin),
+        "with another number": flipped(content, (begin + len(content)) // 2),
+        "with another last number": flipped(content, len(content) - 13),
+        "never filled": content[:begin] + b"\0" * (len(content) - begin),
     }
 
 
-@pytest.mark.parametrize("fault", list(damaged(b"")))
-def test_a_damaged_file_is_noticed_and_written_again(tmp_path, fault):
+IN_NUMBERS = {"with another first number", "with another number", "with another last number"}
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("fault", list(damaged(b"\0" * 100 + b"q_proj.a")))
+def test_a_damaged_file_is_noticed_and_written_again(tmp_path, fault, verify):
     files, expert = BankFiles(tmp_path), make_expert(0)
     files.add("one", expert)
     (path,) = files.folder.iterdir()
@@ -171,7 +187,10 @@ def test_a_damaged_file_is_noticed_and_written_again(tmp_path, fault):
     wrong = damaged(whole)[fault]
     assert wrong != whole
     path.write_bytes(wrong)
-    again = BankFiles(tmp_path)
+    again = BankFiles(tmp_path, verify=verify)
+    if fault in IN_NUMBERS and not verify:
+        assert "one" in again  # what verify=False does not look at
+        return
     assert "one" not in again
     with pytest.raises(DamagedFileError, match=r"one\.safetensors' is damaged"):
         again.banks(["one"])
@@ -180,6 +199,52 @@ def test_a_damaged_file_is_noticed_and_written_again(tmp_path, fault):
     torch.testing.assert_close(
         again.banks(["one"])["layers.0.q_proj"].a, expert["layers.0.q_proj"][0]
     )
+
+
+def test_a_file_that_changed_after_it_was_verified_is_verified_again(tmp_path):
+    files = BankFiles(tmp_path)
+    files.add("one", make_expert(0))
+    files.banks(["one"])
+    (path,) = files.folder.iterdir()
+    path.write_bytes(damaged(path.read_bytes())["with another number"])
+    with pytest.raises(DamagedFileError, match="checksum"):
+        files.banks(["one"])
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_file_of_another_expert_is_not_taken_for_this_one(tmp_path, verify):
+    files = BankFiles(tmp_path, verify=verify)
+    files.add("one", make_expert(0))
+    (path,) = files.folder.iterdir()
+    path.rename(path.with_name("two.safetensors"))
+    assert "two" not in files
+    with pytest.raises(DamagedFileError, match="written under another name"):
+        files.banks(["two"])
+
+
+KILLED = """
+import os, signal, sys, torch
+from mttl_adapters import BankFiles, mapped
+save = mapped.save_file
+def stop_halfway(tensors, path, metadata):
+    save(tensors, path, metadata)
+    os.truncate(path, os.path.getsize(path) // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+mapped.save_file = stop_halfway
+BankFiles(sys.argv[1]).add("one", {"m": (torch.ones(4, 4000), torch.ones(24, 4), 1.0)})
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
+def test_a_writer_that_is_killed_leaves_nothing_that_is_read(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert killed.returncode < 0
+    files = BankFiles(tmp_path)
+    assert len(list(files.folder.iterdir())) == 1  # half a file, under a name of its own
+    assert "one" not in files
+    a = torch.full((4, 4000), 2.0)
+    files.add("one", {"m": (a, torch.ones(24, 4), 1.0)})
+    torch.testing.assert_close(files.banks(["one"])["m"].a, a)
 
 
 WRITE = """

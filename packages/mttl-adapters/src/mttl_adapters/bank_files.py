@@ -15,7 +15,15 @@ import torch
 from platformdirs import user_cache_path
 
 from mttl_adapters.bank import Bank, Factors, Run
-from mttl_adapters.mapped import DTYPES, DamagedFileError, MappedFile, MappedSlab, places_of, write
+from mttl_adapters.mapped import (
+    DTYPES,
+    DamagedFileError,
+    MappedFile,
+    MappedSlab,
+    check_numbers,
+    places_of,
+    write,
+)
 from mttl_adapters.resident import Bound
 
 
@@ -28,6 +36,9 @@ class BankFiles:
             factor by at most 2^-8 of itself, which moves an expert's ΔW by about 0.2 % of its norm.
         resident_bytes: bound of what the mapped files take of this process's memory; None leaves
             that to the system, which takes it back when it needs it.
+        verify: read all of each file once, when it is first asked for, and compare its checksum.
+            False looks at headers, lengths and names alone, which notices a file that was cut off
+            or exchanged, but no number that changed on the disk.
     """
 
     def __init__(
@@ -36,6 +47,7 @@ class BankFiles:
         *,
         dtype: torch.dtype = torch.float32,
         resident_bytes: int | None = None,
+        verify: bool = True,
     ) -> None:
         """Nothing is read or written yet."""
         if dtype not in DTYPES.values():
@@ -45,12 +57,14 @@ class BankFiles:
         name = str(dtype).removeprefix("torch.")
         self.folder = Path(folder or user_cache_path("mttl") / "banks") / name
         self.dtype = dtype
+        self.verify = verify
         self._bound = Bound(resident_bytes)
+        self._verified: dict[str, tuple[int, ...]] = {}
 
     def __contains__(self, digest: str) -> bool:
-        """Whether an expert is here, in a file whose header and length are right."""
+        """Whether an expert is here, in a file that is whole."""
         try:
-            places_of(self._path(digest))
+            self._check(digest)
         except (FileNotFoundError, DamagedFileError):
             return False
         return True
@@ -78,12 +92,15 @@ class BankFiles:
     def banks(self, digests: Sequence[str]) -> dict[str, Bank]:
         """A bank for each module that some of the experts change, its experts in the order given.
 
-        Nothing but the files' headers is read. An expert that leaves a module alone has rank 0.
+        Nothing is kept in memory but the files' headers. An expert that leaves a module alone has
+        rank 0.
 
         Raises:
             FileNotFoundError: an expert is not here.
             DamagedFileError: it is, but not whole; ``add`` writes it again.
         """
+        for digest in digests:
+            self._check(digest)
         files = [MappedFile(self._path(digest)) for digest in digests]
         for file in files:
             self._bound.watch(file)
@@ -95,6 +112,17 @@ class BankFiles:
     def let_go(self) -> None:
         """Take all that was read of the files out of this process's memory; it comes back."""
         self._bound.let_go()
+
+    def _check(self, digest: str) -> None:
+        path = self._path(digest)
+        places_of(path)
+        if not self.verify:
+            return
+        seen = path.stat()
+        stamp = seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
+        if self._verified.get(digest) != stamp:
+            check_numbers(path)
+            self._verified[digest] = stamp
 
     def _bank(self, module: str, files: Sequence[MappedFile]) -> Bank:
         slabs: list[MappedSlab] = []
