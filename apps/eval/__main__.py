@@ -86,6 +86,16 @@ TRAIN_KEYS = [
     help="Router that shares each token among the experts that --route retrieval finds: arrow, ... "
     "[default: equal shares]",
 )
+@click.option(
+    "--bank-files",
+    help="Folder to map the experts' factors from while they are routed, written where they are "
+    "not there, so that more experts than memory holds can be. [default: all in memory]",
+)
+@click.option(
+    "--resident-gb",
+    type=click.FloatRange(0, min_open=True),
+    help="Most gigabytes of memory that --bank-files take. [default: the system decides]",
+)
 @click.option("--rank", type=click.IntRange(min=1), help="Cut the merged expert to this rank.")
 @click.option(
     "--density",

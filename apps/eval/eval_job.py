@@ -16,6 +16,7 @@ from eval_routing import in_words, over_tasks, routing_accuracy
 from rich.table import Table
 
 from mttl_adapters import (
+    BankFiles,
     BaseModel,
     load_base_model,
 )
@@ -226,11 +227,20 @@ class Evaluation:
                 base_model=self.base,
                 batches=self._batches if options.learns_from_batches else None,
                 examples=self._prompts() if options.route in FITTED else None,
+                bank_files=self.bank_files,
                 **options.choice,
             ) as routed,
             routed.tasks(task) if task else nullcontext(),
         ):
             yield routed
+
+    @cached_property
+    def bank_files(self) -> BankFiles | None:
+        """Where the experts are mapped from; None where they are to be in memory."""
+        bound = self.options.resident_gb
+        return self.options.bank_files and BankFiles(
+            self.options.bank_files, resident_bytes=None if bound is None else int(bound * 10**9)
+        )
 
     def _prompts(self) -> dict[str, list[dict[str, torch.Tensor]]]:
         """What a router is fitted on, as the model is asked: of each expert, or task (lorauter)."""

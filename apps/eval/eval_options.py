@@ -55,6 +55,8 @@ class EvalOptions:
     granularity: str | None
     router_rows: int
     then: str | None
+    bank_files: str | None
+    resident_gb: float | None
     rank: int | None
     density: float | None
     inside: str | None
@@ -154,6 +156,10 @@ def check(**options: Any) -> EvalOptions:
     _known(options["then"], "--then", CHOOSERS)
     if options["then"] and options["route"] != "retrieval":
         raise click.UsageError("--then is for --route retrieval")
+    if options["bank_files"] and not options["route"]:
+        raise click.UsageError("--bank-files is for --route")
+    if options["resident_gb"] and not options["bank_files"]:
+        raise click.UsageError("--resident-gb is a bound of --bank-files; give both")
     if options["route"] == "fixed":
         raise click.UsageError("--route fixed is one expert: --merge uniform --selection NAME")
     for name, default in CHOOSING.items():

@@ -88,6 +88,23 @@ def test_each_way_to_one_model_gives_scores(library, evaluate, args):
     assert all(0 <= row["model"] <= 1 for row in results()["tasks"])
 
 
+def test_routed_experts_are_mapped_from_files_and_score_the_same(library, evaluate):
+    way = ("--route", "arrow", "--top-k", "1", "--test-rows", "8", "--recompute")
+    evaluate(*way)
+    in_memory = [row["model"] for row in results()["tasks"]]
+    outcome = evaluate(*way, "--bank-files", "cache", "--resident-gb", "0.001")
+    assert outcome.exit_code == 0, outcome.output
+    assert [row["model"] for row in results()["tasks"]] == in_memory
+    files = sorted(Path("cache/float32").iterdir())
+    assert [file.stem for file in files] == sorted(library.digest(name) for name in library)
+    whole = files[0].read_bytes()
+    files[0].write_bytes(whole[:-100] + bytes(100))
+    outcome = evaluate(*way, "-k", "bank_files=cache")
+    assert outcome.exit_code == 0, outcome.output
+    assert [row["model"] for row in results()["tasks"]] == in_memory
+    assert files[0].read_bytes() == whole
+
+
 def test_seqr_is_calibrated_on_the_experts_own_rows(library, evaluate):
     evaluate("--route", "seqr", "--router-rows", "6")
     kinds = [entry.recipe["kind"] for entry in library.refresh().artifacts.entries()]
@@ -229,6 +246,8 @@ def test_the_same_base_in_another_folder_is_the_same_base(
         (("--merge", "uniform", "--density", "0.5"), ("'uniform' takes no density",)),
         (("--scale", "0.5"), ("--scale is for --merge",)),
         (("--route", "arow"), ("'arow'", "arrow", "oracle")),
+        (("--merge", "uniform", "--bank-files", "cache"), ("--bank-files is for --route",)),
+        (("--route", "arrow", "--resident-gb", "1"), ("--bank-files",)),
         (("--route", "fixed"), ("--selection",)),
         (("--route", "softmax"), ("trained", "--moe")),
         (("--merge", "weighted"), ("--weights",)),
