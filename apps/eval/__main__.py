@@ -82,6 +82,12 @@ TRAIN_KEYS = [
     "retrieval learn from. [default: 64]",
 )
 @click.option(
+    "--gate-steps",
+    type=click.IntRange(min=1),
+    help="Training steps of each expert's gates, for phatgoose; kept in the library. "
+    "[default: 100]",
+)
+@click.option(
     "--then",
     help="Router that shares each token among the experts that --route retrieval finds: arrow, ... "
     "[default: equal shares]",

@@ -228,6 +228,7 @@ class Evaluation:
                 batches=self._batches if options.learns_from_batches else None,
                 examples=self._prompts() if options.route in FITTED else None,
                 bank_files=self.bank_files,
+                gate_steps=options.gate_steps,
                 **options.choice,
             ) as routed,
             routed.tasks(task) if task else nullcontext(),

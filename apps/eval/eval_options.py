@@ -37,6 +37,7 @@ COUNTING = ("logo", "retrieval")
 LEARNERS = ("phatgoose", "centroid", "avg_act", "seqr")
 FITTED = ("predictor", "lorauter", "retrieval")
 ROUTER_ROWS = 64
+GATE_STEPS = 100
 # Settings that some merge methods have; the method's own defaults where not given.
 MERGING = ("density", "inside", "scale")
 
@@ -54,6 +55,7 @@ class EvalOptions:
     threshold: float | None
     granularity: str | None
     router_rows: int
+    gate_steps: int
     then: str | None
     bank_files: str | None
     resident_gb: float | None
@@ -104,9 +106,11 @@ class EvalOptions:
 
     @property
     def learning(self) -> dict[str, Any]:
-        """How many rows a router that learns is shown, and as what."""
+        """How many rows a router that learns is shown, for how long, and as what."""
         learns = self.route in (*LEARNERS, *FITTED)
         rows = {"router_rows": self.router_rows} if learns else {}
+        if "phatgoose" in (self.route, self.then) and self.gate_steps != GATE_STEPS:
+            rows["gate_steps"] = self.gate_steps
         return rows | ({"prompts": "whole"} if self.decides_by_prompt else {})
 
     @property
@@ -166,6 +170,9 @@ def check(**options: Any) -> EvalOptions:
         routers = (*CHOOSERS, *COUNTING) if name == "top_k" else CHOOSERS
         _default(options, name, default, routers)
     _default(options, "router_rows", ROUTER_ROWS, (*LEARNERS, *FITTED))
+    if options["gate_steps"] is not None and options["then"] != "phatgoose":
+        _default(options, "gate_steps", GATE_STEPS, ("phatgoose",))
+    options["gate_steps"] = options["gate_steps"] or GATE_STEPS
     options["merge_options"] = key_values(options["merge_options"])
     if options["merge"] == "weighted" and not options["weights"]:
         raise click.UsageError("--merge weighted takes --weights NAME=NUMBER,NAME=NUMBER")

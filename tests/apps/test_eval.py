@@ -7,7 +7,7 @@ import pytest
 
 from mttl_experts import ExpertLibrary
 from mttl_routing import MERGES
-from mttl_routing.routers import Predictor
+from mttl_routing.routers import Predictor, kinds
 from mttl_storage import Repository
 
 
@@ -73,7 +73,7 @@ def test_the_oracle_is_each_expert_on_its_own_task(library, evaluate):
         ("--route", "retrieval", "--then", "arrow", "--top-k", "2", "--router-rows", "6"),
         ("--route", "logo", "--top-k", "1"),
         ("--route", "seqr", "--top-k", "1", "--router-rows", "6"),
-        ("-k", "merge_or_route=phatgoose", "router_rows=6"),
+        ("-k", "merge_or_route=phatgoose", "router_rows=6", "gate_steps=3"),
         ("-k", "merge_or_route=avg_act", "topk=1"),
         ("-k", "merge_or_route=arrow", "router_temp=0.5", "recompute_prototypes=True"),
         ("-k", "merge_or_route=arrow", "router_granularity=block"),
@@ -111,9 +111,29 @@ def test_seqr_is_calibrated_on_the_experts_own_rows(library, evaluate):
     assert kinds.count("norm-calibration") == 2
 
 
+def test_gates_are_trained_once_for_as_many_steps_as_asked_for(library, evaluate, monkeypatch):
+    trained = []
+    real = kinds.train_gates
+
+    def spy(base, expert, batches, *, steps):
+        trained.append((expert.name, steps))
+        return real(base, expert, batches, steps=steps)
+
+    monkeypatch.setattr(kinds, "train_gates", spy)
+    phatgoose = ("--route", "phatgoose", "--router-rows", "6", "--test-rows", "2")
+    for top_k in ("2", "1"):
+        outcome = evaluate(*phatgoose, "--gate-steps", "2", "--top-k", top_k)
+        assert outcome.exit_code == 0, outcome.output
+    assert sorted(trained) == [("copy_first", 2), ("copy_last", 2)]
+    assert results()["settings"]["gate_steps"] == 2
+    kept = [e.recipe for e in library.refresh().artifacts.entries() if "steps" in e.recipe]
+    assert [recipe["steps"] for recipe in kept] == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("way", "says"),
     [
+        (("--route", "arrow", "--gate-steps", "2"), "is for --route phatgoose; arrow"),
         (("--merge", "uniform", "--top-k", "2"), "--top-k is for --route arrow, spectr"),
         (
             ("--route", "arrow", "--router-rows", "2"),

@@ -5,7 +5,7 @@ import torch
 
 from mttl_experts import Expert, ExpertLibrary, lora_modules
 from mttl_routing import RoutedModel, apply_expert, calibration, centroids, train_gates
-from mttl_routing.routers import norm_factors
+from mttl_routing.routers import kinds, norm_factors
 
 PATH = "model.layers.1.self_attn.v_proj"
 
@@ -145,6 +145,35 @@ def test_what_was_learned_is_kept_by_expert_and_data_and_never_stale(base, make_
     assert not torch.equal(vectors()["anna"], first["anna"])
     library.replace_expert(make_expert("bert", seed=5))
     assert not torch.equal(vectors()["bert"], first["bert"])
+
+
+def test_gates_outlast_an_interruption(base, make_expert, monkeypatch):
+    library = ExpertLibrary("virtual://gates", create=True)
+    for name in ("anna", "bert"):
+        library.add_expert(make_expert(name))
+    trained = []
+
+    def interrupted(base, expert, batches, *, steps):
+        trained.append(expert.name)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train_gates(base, expert, batches, steps=steps)
+
+    monkeypatch.setattr(kinds, "train_gates", interrupted)
+
+    def make():
+        return RoutedModel.from_library(
+            library,
+            "phatgoose",
+            base_model=base,
+            batches=lambda expert: make_batches(),
+            gate_steps=2,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        make()
+    make().remove()
+    assert trained == ["anna", "bert", "bert"]
 
 
 def test_one_expert_is_asked_for_its_data_at_a_time(base, make_expert):

@@ -38,25 +38,29 @@ def kept_each(
     library: ExpertLibrary | None,
     keys: Sequence[tuple[Sequence[Expert], Any]],
     make: Callable[[int], Tensors],
+    *,
+    together: bool = True,
 ) -> list[Tensors]:
     """What ``make`` gives for each key, experts and a recipe, made where the library has it not.
 
-    All that were missing are kept by one commit; where the library cannot be written, the values
-    are still given.
+    Where the library cannot be written, the values are still given.
 
     Args:
         library: None computes everything.
         keys: of the values.
         make: gives the value of a key by its place.
+        together: whether all that were missing are kept by one commit; else each by its own as soon
+            as it is made, for values that take minutes, so that they outlast an interruption.
     """
     if library is None:
         return [make(index) for index in range(len(keys))]
     found = [library.artifacts.get(experts, recipe) for experts, recipe in keys]
-    values = [make(index) if value is None else value for index, value in enumerate(found)]
     missing = [index for index, value in enumerate(found) if value is None]
-    if missing:
+    values = {index: value for index, value in enumerate(found) if value is not None}
+    for some in [missing] if together else [[index] for index in missing]:
+        values |= {index: make(index) for index in some}
         # The values are what was asked for; keeping them is a courtesy.
-        with suppress(Conflict, Denied, ReadOnly, StorageFull), library.batch("keep centroids"):
-            for index in missing:
+        with suppress(Conflict, Denied, ReadOnly, StorageFull), library.batch("keep router data"):
+            for index in some:
                 library.artifacts.put(*keys[index], values[index])
-    return values
+    return [values[index] for index in range(len(keys))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -51,8 +52,10 @@ def _centroid(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
 
 
 def _phatgoose(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
-    recipe = phatgoose.RECIPE | {"steps": phatgoose.STEPS, "lr": phatgoose.LEARNING_RATE}
-    vectors = _from_data("phatgoose", experts, options, recipe, train_gates)
+    steps = options.gate_steps
+    recipe = phatgoose.RECIPE | {"steps": steps, "lr": phatgoose.LEARNING_RATE}
+    make = partial(train_gates, steps=steps)
+    vectors = _from_data("phatgoose", experts, options, recipe, make, together=False)
     return Phatgoose(vectors, options.choice)
 
 
@@ -160,6 +163,7 @@ def _from_data(
     options: RouterOptions,
     recipe: Mapping[str, Any],
     make: Callable[[Any, Expert, Iterable[Batch]], Tensors],
+    together: bool = True,
 ) -> dict[str, Tensors]:
     """What a router learns of each expert from its own data and the base, one expert at a time."""
     batches, base = options.batches, options.base_model
@@ -175,7 +179,7 @@ def _from_data(
     def one(index: int) -> Tensors:
         return make(base, experts[index].unread(), own(experts[index]))
 
-    values = kept_each(options.library, keys, one)
+    values = kept_each(options.library, keys, one, together=together)
     return {expert.name: value for expert, value in zip(experts, values, strict=True)}
 
 

@@ -35,6 +35,7 @@ class RouterOptions:
         batches: data of each expert, for routers that learn from it.
         examples: prompts of each expert, or of each task (``lorauter``), by its name, for routers
             that are fitted on them.
+        gate_steps: of training of each expert's gates, for ``phatgoose``.
         then: name of a router for tokens, or one, that shares each token among the experts that
             ``retrieval`` found for its row; None is equal shares.
         base_model: what data and prompts are shown to.
@@ -53,6 +54,7 @@ class RouterOptions:
     heads: int = 4
     batches: Batches | None = None
     examples: Mapping[str, Iterable[Example]] | None = None
+    gate_steps: int = 100
     then: str | Router | None = None
     base_model: Any = None
     library: ExpertLibrary | None = None
