@@ -65,17 +65,20 @@ EVAL_KEYS = [
 )
 @click.option(
     "--router",
-    type=click.Choice(["softmax", "rkhs", "product_key", "mlp"]),
-    help="With --moe: what sends tokens to experts. [default: softmax]",
+    type=click.Choice(["softmax", "rkhs", "product_key", "mlp", "poly", "mhr"]),
+    help="With --moe: what sends tokens to experts; poly and mhr learn a blend of all for each "
+    "task, and average factors. [default: softmax]",
 )
 @click.option(
-    "--top-k", type=at_least_1, help="With --moe: experts a token gets. [default: 2; mlp: all]"
+    "--top-k",
+    type=at_least_1,
+    help="With --moe: experts a token gets. [default: 2; mlp, poly and mhr: all]",
 )
 @click.option(
     "--balance",
     type=click.FloatRange(0),
-    help="With --moe: weight of the loss that evens out the experts' use; 0 for mlp, which uses "
-    "all of them. [default: 0.01]",
+    help="With --moe: weight of the loss that evens out the experts' use; 0 for mlp, poly and "
+    "mhr, which use all of them. [default: 0.01]",
 )
 @click.option("--model", default="embedded", help="Base model: 'embedded', a folder or a hub id.")
 @click.option(

@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 from rich.table import Table
-from torch import Tensor
 from train_options import TrainOptions
 from train_plan import Plan, is_there, plans
 from train_scores import SCORES, base_scores, row_of, rows_held_out, table_of
@@ -150,9 +149,12 @@ TOOLS = ("torch", "transformers", "peft", "mttl-adapters", "mttl-data")
 
 
 def batches_of(
-    plan: Plan, options: TrainOptions, base: BaseModel
-) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """What a plan trains on, one batch a step, and what it validates on."""
+    plan: Plan, options: TrainOptions, base: BaseModel, named: bool = False
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What a plan trains on, one batch a step, and what it validates on.
+
+    With ``named``, batches name the task of each row.
+    """
     writer = PromptWriter(
         base.tokenizer,
         max_length=context_length(base.model),
@@ -166,7 +168,11 @@ def batches_of(
         if cut.rows:
             say(f"{plan.name}: of {len(examples)}, {cut}")
         return Batches(
-            examples, options.batch_size, pad_id=base.tokenizer.pad_token_id, seed=options.seed
+            examples,
+            options.batch_size,
+            pad_id=base.tokenizer.pad_token_id,
+            seed=options.seed,
+            tasks=[row.task_name for row in rows] if named else None,
         )
 
     validation = list(batches(plan.validation)) if plan.validation else []

@@ -86,7 +86,7 @@ def _train(
     library: ExpertLibrary,
 ) -> None:
     checkpoint = mixture.checkpoint(options.output)
-    batches, validation = batches_of(mixture, options, base)
+    batches, validation = batches_of(mixture, options, base, named=options.by_task)
     with _fresh(wanted, options, base) as routed:
         with bar(f"training {mixture.name}", mixture.steps) as shown:
             report = train(
@@ -119,7 +119,12 @@ def _fresh(wanted: Sequence[Plan], options: TrainOptions, base: BaseModel) -> Ro
         experts.append(Expert(info_of(plan, options, base, config), weights))
     try:
         return RoutedModel.from_experts(
-            experts, options.router, options.top_k, base_model=base, seed=options.seed
+            experts,
+            options.router,
+            options.top_k,
+            options.combine,
+            base_model=base,
+            seed=options.seed,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None

@@ -12,8 +12,11 @@ import click
 # Trained when no task is named: chosen by measuring (docs/log.md), chance-level tasks left out.
 DEFAULT_TASKS = ("decimal_chain_sum", "family_relationships", "products", "word_sequence_reversal")
 DEFAULT_STEPS = 40
-# Of a mixture; mlp gives every expert to every token, so there is nothing to even out.
 ROUTER, TOP_K, BALANCE = "softmax", 2, 0.01
+# Routers of a mixture that blend by a row's task, as their papers do: factors first.
+BY_TASK = ("poly", "mhr")
+# Those that give every expert to every token, so that there is nothing to even out.
+DENSE = ("mlp", *BY_TASK)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,16 @@ class TrainOptions:
     task_source: tuple[str, ...]
     template_type: tuple[str, ...]
     leave_out_evaluation_tasks: bool
+
+    @property
+    def by_task(self) -> bool:
+        """Whether the router of the mixture goes by the task of a row."""
+        return bool(self.moe) and self.router in BY_TASK
+
+    @property
+    def combine(self) -> str:
+        """How experts of the mixture are combined."""
+        return "before" if self.by_task else "after"
 
 
 def check(**options: Any) -> TrainOptions:
@@ -114,11 +127,11 @@ def _check_mixture(options: dict[str, Any]) -> None:
         for name in ("router", "balance"):
             if options[name] is not None:
                 raise click.UsageError(f"--{name} is for --moe")
-    dense = options["router"] == "mlp"
+    dense = options["router"] in DENSE
     if dense and options["balance"]:
         raise click.UsageError(
-            "--router mlp gives every expert to every token, so --balance has nothing to even out; "
-            "leave it out"
+            f"--router {options['router']} gives every expert to every token, so --balance has "
+            "nothing to even out; leave it out"
         )
     defaults = {"router": ROUTER, "top_k": TOP_K, "balance": 0.0 if dense else BALANCE}
     for name, default in defaults.items():

@@ -74,7 +74,8 @@ def mixture_plan(options: TrainOptions, data: DatasetLibrary, base: BaseModel) -
             "router": options.router,
             "top_k": options.top_k,
             "balance": options.balance,
-        },
+        }
+        | ({"combine": options.combine} if options.by_task else {}),
     }
     return replace(plan, name=check_expert_name(options.expert_name or "moe"), recipe=recipe)
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from mttl_adapters import load_base_model
 from mttl_experts import ExpertLibrary
@@ -68,6 +69,21 @@ def test_its_options_reach_the_model(train, base_folder, router):
     assert ExpertLibrary("local://mttldata/library").keys() == ["mix-0", "mix-1", "mix-2"]
 
 
+@pytest.mark.parametrize("router", ["poly", "mhr"])
+def test_blends_are_learned_for_each_task(train, base_folder, router):
+    options = ("--router", router, "--steps", "30", "--learning-rate", "0.02", "--validation-rows")
+    outcome = train(*MOE, *options, "4")
+    assert outcome.exit_code == 0, outcome.output
+    recipe = ExpertLibrary("local://mttldata/library").infos()["moe-0"].training_config["moe"]
+    assert (recipe["router"], recipe["combine"], recipe["balance"]) == (router, "before", 0)
+    base = load_base_model(str(base_folder), dtype="32")
+    with RoutedModel.from_pretrained(FOLDER, base_model=base) as routed:
+        assert routed.router.tasks == ("copy_first", "copy_last")
+        first, last = next(iter(routed.router.logits.values()))
+        assert not torch.allclose(first, last, atol=0.01)  # they began within 0.002
+    assert "there already" in train(*MOE, *options, "4").output
+
+
 def test_an_interrupted_mixture_goes_on_and_ends_the_same(train, monkeypatch):
     import train_moe
 
@@ -92,6 +108,7 @@ def test_an_interrupted_mixture_goes_on_and_ends_the_same(train, monkeypatch):
     [
         ((*MOE, "--benchmarks", "arc-easy"), "apps/eval"),
         ((*MOE, "--router", "mlp", "--balance", "0.1"), "nothing to even out"),
+        ((*MOE, "--router", "poly", "--balance", "0.1"), "poly gives every expert to every token"),
         ((*BOTH, "--router", "mlp"), "--router is for --moe"),
         ((*BOTH, "--balance", "0.1"), "--balance is for --moe"),
     ],

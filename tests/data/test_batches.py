@@ -75,3 +75,14 @@ def test_batches_of_like_length_pad_less(examples):
 def test_no_examples_is_an_error():
     with pytest.raises(ValueError, match="no examples"):
         Batches([], 8, pad_id=0)
+
+
+def test_batches_name_the_tasks_of_their_rows_where_they_are_told(examples):
+    tasks = [f"task {len(example.input_ids)}" for example in examples]
+    batches = list(Batches(examples, 8, pad_id=0, tasks=tasks))
+    for batch in batches:
+        lengths = batch["attention_mask"].sum(1).tolist()
+        assert batch["task_names"] == tuple(f"task {length}" for length in lengths)
+    assert "task_names" not in next(iter(Batches(examples, 8, pad_id=0)))
+    with pytest.raises(ValueError, match="1 tasks are named for 50 examples"):
+        Batches(examples, 8, pad_id=0, tasks=["one"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class Batches:
         pad_id: Any token id; padding is masked.
         seed: Decides which rows meet in a batch and in which order batches come.
         shuffle: Without it rows keep their order, and so do batches.
+        tasks: Of each example; batches then have ``task_names`` as well, one a row.
     """
 
     def __init__(
@@ -54,13 +56,17 @@ class Batches:
         pad_id: int,
         seed: int = 0,
         shuffle: bool = True,
+        tasks: Sequence[str] | None = None,
     ) -> None:
         """Keep the examples; nothing is padded before it is asked for."""
         if not examples:
             raise ValueError("no examples to make batches of")
         if batch_size < 1:
             raise ValueError(f"a batch needs at least 1 row, {batch_size!r} was asked for")
+        if tasks is not None and len(tasks) != len(examples):
+            raise ValueError(f"{len(tasks)} tasks are named for {len(examples)} examples")
         self.examples = examples
+        self.tasks = tasks
         self.batch_size = batch_size
         self.pad_id = pad_id
         self.seed = seed
@@ -70,16 +76,20 @@ class Batches:
         """Batches in one epoch."""
         return -(-len(self.examples) // self.batch_size)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         """One epoch."""
         return self.epoch(0)
 
-    def epoch(self, number: int, skip: int = 0) -> Iterator[dict[str, Tensor]]:
+    def epoch(self, number: int, skip: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of one epoch without the first ``skip``."""
         for indices in self._order(number)[skip:]:
-            yield collate([self.examples[index] for index in indices], self.pad_id)
+            batch: dict[str, Any] = {}
+            batch.update(collate([self.examples[index] for index in indices], self.pad_id))
+            if self.tasks is not None:
+                batch["task_names"] = tuple(self.tasks[index] for index in indices)
+            yield batch
 
-    def stream(self, start: int = 0) -> Iterator[dict[str, Tensor]]:
+    def stream(self, start: int = 0) -> Iterator[dict[str, Any]]:
         """Epoch after epoch, from batch number ``start``: where an interrupted run goes on."""
         first, skip = divmod(start, len(self))
         for number in count(first):
