@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mttl_adapters import kernels
+from mttl_adapters.kernels import pieces
 
 # From so many keys on, screening in bfloat16 is ahead of float32 products: timed on 2 cores with
 # AVX512-bf16, 576 and 1536 features, 1 to 3 sets, 8 and 2048 tokens.
@@ -60,6 +61,7 @@ class Keys:
             keys.to(torch.promote_types(keys.dtype, torch.float32)).contiguous() for keys in given
         )
         self._stack: tuple[tuple[int, ...], Tensor] | None = None
+        self._split: tuple[tuple[int, ...], Tensor] | None = None
         self._pointers: _Pointers | None = None
 
     @property
@@ -86,6 +88,14 @@ class Keys:
         kept = self._stack
         if kept is None or kept[0] != self._version:
             kept = self._stack = (self._version, torch.cat([keys.detach() for keys in self.sets]))
+        return kept[1]
+
+    @property
+    def split(self) -> Tensor:
+        """All keys below one another, in pieces of bfloat16 (3, e, i); for float32 keys alone."""
+        kept = self._split
+        if kept is None or kept[0] != self._version:
+            kept = self._split = (self._version, pieces.split(self.stack))
         return kept[1]
 
     @property
@@ -119,8 +129,9 @@ def top_k(x: Tensor, keys: Keys, k: int, *, absolute: bool = False) -> tuple[Top
     Where many keys meet a processor that multiplies bfloat16, a product in bfloat16 screens, and
     every key that its error bound leaves in doubt is scored again, so that the set is the one of
     full float32 always: the scores are then float64 sums rounded to float32, and do not depend on
-    what else is in the batch. Elsewhere they are float32 products. Of equal scores the lower index
-    comes first where the kernel is compiled.
+    what else is in the batch. Elsewhere they are float32 products; on a GPU they are computed from
+    bfloat16 pieces, so that no setting of torch rounds their factors. Of equal scores the lower
+    index comes first where the kernel is compiled.
 
     Args:
         x: (t, i), any float dtype.
@@ -149,23 +160,30 @@ def top_k(x: Tensor, keys: Keys, k: int, *, absolute: bool = False) -> tuple[Top
 def _found(x: Tensor, keys: Keys, k: int, absolute: bool) -> list[tuple[Tensor, Tensor]]:
     """Signed values and indices."""
     dtype = torch.promote_types(x.dtype, keys.sets[0].dtype)
-    cpu = kernels.compiled(x, *keys.sets)
-    if cpu is None or dtype != torch.float32 or k > cpu.MOST or not all(keys.sizes):
-        return _plain(x.to(dtype), keys, k, absolute)
+    kernel = kernels.compiled(x, *keys.sets)
+    if kernel is None or dtype != torch.float32 or k > kernel.MOST or not all(keys.sizes):
+        return _plain(_products(x, keys, dtype), keys, k, absolute)
     if (
         sum(keys.sizes) >= SCREENED_KEYS
-        and cpu.has_screen()
-        and cpu.takes(x)
+        and kernel.has_screen()
+        and kernel.takes(x)
         and not any(vectors.requires_grad for vectors in keys.sets)
     ):
-        return cpu.top_k(x, keys, k, absolute)  # type: ignore[no-any-return]
-    scores = torch.split(x.to(dtype) @ keys.stack.T, list(keys.sizes), dim=1)
-    return [cpu.select(score, min(k, score.shape[1]), absolute) for score in scores]
+        return kernel.top_k(x, keys, k, absolute)  # type: ignore[no-any-return]
+    scores = torch.split(_products(x, keys, dtype), list(keys.sizes), dim=1)
+    return [kernel.select(score, min(k, score.shape[1]), absolute) for score in scores]
 
 
-def _plain(x: Tensor, keys: Keys, k: int, absolute: bool) -> list[tuple[Tensor, Tensor]]:
+def _products(x: Tensor, keys: Keys, dtype: torch.dtype) -> Tensor:
+    """(t, e) of x with all keys."""
+    if x.is_cuda and dtype == torch.float32:
+        return pieces.product(x, keys.split)
+    return x.to(dtype) @ keys.stack.to(dtype).T
+
+
+def _plain(products: Tensor, keys: Keys, k: int, absolute: bool) -> list[tuple[Tensor, Tensor]]:
     found = []
-    for scores in torch.split(x @ keys.stack.to(x.dtype).T, list(keys.sizes), dim=1):
+    for scores in torch.split(products, list(keys.sizes), dim=1):
         ranked = scores.abs() if absolute else scores
         indices = torch.topk(ranked, min(k, scores.shape[1]), dim=1).indices
         found.append((scores.gather(1, indices), indices))
