@@ -160,6 +160,18 @@ class Bank:
         with torch.inference_mode(False):  # ticks are written to it afterwards, too
             return torch.tensor(rows, dtype=torch.int64).view(len(rows), 5)
 
+    @cached_property
+    def device_table(self) -> Tensor:
+        """:attr:`table`, where the factors are: what the kernels of a GPU read of each expert."""
+        with torch.inference_mode(False):
+            return self.table.to(self.device)
+
+    @cached_property
+    def aligned(self) -> bool:
+        """Whether every row of every factor begins at a multiple of 16 bytes."""
+        sizes = (self.in_features * self.dtype.itemsize, self.out_features * self.dtype.itemsize)
+        return not any(size % 16 for size in sizes) and not (self.table[:, :2] % 16).any()
+
     def to(self, device: torch.device | str) -> Bank:
         """The same bank on ``device``; itself where it is there already."""
         if self.device == torch.device(device):
@@ -398,8 +410,10 @@ class Bank:
         """The same for so many choices among all tokens."""
         if self.resident:
             return True
-        if compiled:
+        if compiled and self.device.type == "cpu":
             return crossover.compiled_groups(tokens, len(self), chosen)
+        if compiled:
+            return crossover.device_groups(tokens, chosen, sum(self.ranks), len(self))
         return crossover.plain_groups(tokens, len(self), chosen, self._numbers)
 
     @cached_property

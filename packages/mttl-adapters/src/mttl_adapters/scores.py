@@ -164,7 +164,7 @@ def _found(x: Tensor, keys: Keys, k: int, absolute: bool) -> list[tuple[Tensor, 
     if kernel is None or dtype != torch.float32 or k > kernel.MOST or not all(keys.sizes):
         return _plain(_products(x, keys, dtype), keys, k, absolute)
     if (
-        sum(keys.sizes) >= SCREENED_KEYS
+        sum(keys.sizes) >= (SCREENED_KEYS if x.is_cpu else 1)
         and kernel.has_screen()
         and kernel.takes(x)
         and not any(vectors.requires_grad for vectors in keys.sets)

@@ -1,29 +1,35 @@
 """The arithmetic of a bank of experts, and which implementation does it.
 
 ``torch`` is plain torch, on any device. ``cpu`` is C, compiled once on the machine that runs it.
-Both give the same results within rounding. On other devices than the CPU there is plain torch.
+``triton`` is for NVIDIA GPUs. All give the same results within rounding.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 
-from torch import Tensor
+from torch import Tensor, cuda, version
+from torch import device as torch_device
 
 from mttl_adapters.kernels import build, cpu
 
-KERNELS = ("auto", "torch", "cpu")
+KERNELS = ("auto", "torch", "cpu", "triton")
 
 _CHOICE: ContextVar[str | None] = ContextVar("kernels", default=None)
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Within the block, in this thread: ``auto``, plain ``torch``, or ``cpu``, which must compile.
+    """Within the block, in this thread: ``auto``, plain ``torch``, ``cpu`` or ``triton``.
+
+    ``cpu`` must compile and ``triton`` be there, wherever tensors are that it could take.
 
     Outside of any block the variable ``MTTL_KERNELS`` of the environment says which.
     """
@@ -44,9 +50,16 @@ def missing() -> str | None:
     return build.library().reason
 
 
+def no_triton(device: torch_device) -> str | None:
+    """Why Triton's kernels do not run on a device, in one line; None where they do."""
+    return _no_triton(device.type, device.index or 0)
+
+
 def compiled(*tensors: Tensor) -> ModuleType | None:
     """The compiled kernel, if it is to take these tensors."""
     asked = choice()
+    if asked == "triton" or (asked == "auto" and all(tensor.is_cuda for tensor in tensors)):
+        return _triton(tensors[0].device, asked)
     if asked == "torch" or not all(tensor.is_cpu for tensor in tensors):
         return None
     reason = build.library().reason
@@ -57,6 +70,31 @@ def compiled(*tensors: Tensor) -> ModuleType | None:
             f"the compiled kernel was asked for, but {reason}; ask for 'auto' or 'torch'"
         )
     return None
+
+
+def _triton(device: torch_device, asked: str) -> ModuleType | None:
+    reason = no_triton(device)
+    if reason is None:
+        return importlib.import_module("mttl_adapters.kernels.triton")
+    if asked == "triton":
+        raise RuntimeError(f"Triton was asked for, but {reason}; ask for 'auto' or 'torch'")
+    return None
+
+
+@cache
+def _no_triton(kind: str, index: int) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "it is not installed"
+    if kind == "cuda":
+        if version.cuda is None:
+            return "this torch is not built for NVIDIA GPUs"
+        if cuda.get_device_capability(index) < (8, 0):
+            return f"{cuda.get_device_name(index)} does not multiply bfloat16"
+        return None
+    # Set before Triton is imported, this runs kernels one program after the other, for tests.
+    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"the tensors are on {kind!r}"
 
 
 def _known(name: str, what: str) -> str:
