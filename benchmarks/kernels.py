@@ -1,4 +1,4 @@
-"""What routing adds to the seven linears of a layer: `uv run python benchmarks/kernels.py`.
+"""What routing adds to the seven linears of a layer: `uv run benchmarks/kernels.py`.
 
 Prints one JSON line a row. Everything is timed interleaved in one process, and nothing is reported
 unless the outputs agree with a float64 sum over the chosen experts.
@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shapes import SHAPES, SMOLLM2, Shapes
 from torch import Tensor
 
 from mttl_adapters import Bank, Chosen, Keys, kernels, top_k
 
-# SmolLM2-135M, as (in, out) of the linears that share an input: q, k and v; o; gate and up; down.
-LAYER = (((576, 576), (576, 192), (576, 192)), ((576, 576),), ((576, 1536),) * 2, ((1536, 576),))
 RANK, ROWS, TOKENS = 16, 8, 256
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,10 +36,10 @@ class Group:
     keys: Keys
 
 
-def build(experts: int, tokens: int, dtype: torch.dtype, device: str) -> list[Group]:
+def build(experts: int, tokens: int, dtype: torch.dtype, device: str, model: Shapes) -> list[Group]:
     """Four groups of linears with experts, and inputs of them."""
     groups = []
-    for shapes in LAYER:
+    for shapes in model.groups:
         i = shapes[0][0]
         banks = [
             Bank.from_factors(
@@ -125,6 +124,8 @@ def floors(
     logits: bool,
     distinct: float | None = None,
     head: int = 0,
+    model: Shapes = SMOLLM2,
+    rows: int = ROWS,
 ) -> dict[str, float]:
     """Multiply-adds and bytes of weights, of the base and of what comes on top of it.
 
@@ -138,13 +139,15 @@ def floors(
         logits: whether tokens are compared with the experts, or told theirs by name.
         distinct: experts that some token chose, in a layer; by chance, where it was not counted.
         head: weights of the base for each layer beside its linears: the language head's share.
+        model: sizes of the base.
+        rows: of the batch.
     """
-    shapes = [shape for group in LAYER for shape in group]
+    shapes = [shape for group in model.groups for shape in group]
     base_flops = sum(i * o for i, o in shapes) + head
     added = sum(k * RANK * (i + o) for i, o in shapes)
     scores = sum(experts * i for i, _ in shapes) if logits else 0
     if distinct is None:
-        distinct = experts * (1 - (1 - k / experts) ** tokens) if logits else min(experts, ROWS)
+        distinct = experts * (1 - (1 - k / experts) ** tokens) if logits else min(experts, rows)
     moved = distinct * RANK * sum(i + o for i, o in shapes) * dtype.itemsize + 2 * scores
     screen = 0.5 if dtype == torch.float32 else 1.0
     return {
@@ -152,6 +155,12 @@ def floors(
         "traffic_floor": round(1 + moved / (base_flops * dtype.itemsize), 3),
         "distinct_experts": round(distinct, 1),
     }
+
+
+def wait() -> None:
+    """Until the GPU, if there is one in use, has done all that it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def interleaved(
@@ -164,17 +173,23 @@ def interleaved(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["base"]) < 3:
         for name, run in systems.items():
+            wait()
             start = time.perf_counter()
             run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            wait()
             times[name].append(time.perf_counter() - start)
     return times
 
 
-def peak_mb(run: Callable[[], object]) -> float:
-    """How far one run raises the process's memory above what it holds before (Linux)."""
+def peak_mb(run: Callable[[], object], device: str) -> float:
+    """How far one run raises the process's memory (Linux), or the GPU's, above what is held."""
     run()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        wait()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept of earlier runs
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
@@ -182,9 +197,9 @@ def peak_mb(run: Callable[[], object]) -> float:
     return (_status("VmHWM") - before) / 1024
 
 
-def extra_mb(run: Callable[[], object], plain: Callable[[], object]) -> float:
+def extra_mb(run: Callable[[], object], plain: Callable[[], object], device: str) -> float:
     """Peak of one run beyond that of the linears alone."""
-    return round(peak_mb(run) - peak_mb(plain), 1)
+    return round(peak_mb(run, device) - peak_mb(plain, device), 1)
 
 
 def _status(name: str) -> int:
@@ -201,18 +216,25 @@ def measured(
     by_name: bool,
     layers: int,
     seconds: float,
+    model: Shapes = SMOLLM2,
+    rows: int = ROWS,
+    device: str = DEVICE,
 ) -> Iterator[dict[str, Any]]:
     """A row for the linears alone, and one for each kernel that adds experts to them."""
-    groups = [group for _ in range(layers) for group in build(experts, tokens, dtype, DEVICE)]
+    groups = [
+        group for _ in range(layers) for group in build(experts, tokens, dtype, device, model)
+    ]
     chosen = None
     if by_name:
-        rows = torch.arange(ROWS, device=DEVICE) % experts
-        chosen, k = Chosen.for_rows(rows, tokens // ROWS), 1
+        own = torch.arange(rows, device=device) % experts
+        chosen, k = Chosen.for_rows(own, tokens // rows), 1
     lines, tolerance = slice(0, 64), 1e-5 if dtype == torch.float32 else 6e-3
     expected = reference(groups, k, chosen, lines)
     found: dict[str, Callable[[], list[Tensor]]] = {"base": lambda: base(groups)}
     memory, wrong = {"base": 0.0}, {"base": 0.0}
-    names = ["cpu", "torch"] if kernels.missing() is None and DEVICE == "cpu" else ["torch"]
+    best = "triton" if device == "cuda" else "cpu"
+    reason = kernels.no_triton(torch.device(device)) if device == "cuda" else kernels.missing()
+    names = ["torch"] if reason else [best, "torch"]
     for name in names:
 
         def with_kernel(name: str = name) -> list[Tensor]:
@@ -220,14 +242,14 @@ def measured(
                 return routed(groups, k) if chosen is None else named(groups, chosen)
 
         found[name] = with_kernel
-        memory[name] = extra_mb(with_kernel, found["base"])
+        memory[name] = extra_mb(with_kernel, found["base"], device)
         wrong[name] = check(with_kernel(), expected, lines, tolerance)
     times = interleaved(found, seconds)
     for name in found:
         ratios = [a / b for a, b in zip(times[name], times["base"], strict=True)]
         yield {
             "base": "linears of a layer",
-            "system": {"base": "base", "cpu": "mttl", "torch": "mttl, plain torch"}[name],
+            "system": {"base": "base", "torch": "mttl, plain torch"}.get(name, "mttl"),
             "experts": experts,
             "top_k": k,
             "dtype": str(dtype).removeprefix("torch."),
@@ -238,16 +260,16 @@ def measured(
             "ratio": round(statistics.median(ratios), 3),
             "extra_mb": memory[name],
             "error": float(f"{wrong[name]:.1e}"),
-            **floors(experts, k, tokens, dtype, logits=not by_name),
+            **floors(experts, k, tokens, dtype, logits=not by_name, model=model, rows=rows),
             "rounds": len(ratios),
-            "device": device_name(),
+            "device": device_name(device),
             "threads": torch.get_num_threads(),
         }
 
 
-def device_name() -> str:
+def device_name(device: str) -> str:
     """What the rows were measured on."""
-    if DEVICE == "cuda":
+    if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in info if "model name" in line), "cpu")
@@ -261,8 +283,10 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--decode", action="store_true", help="8 tokens in place of 2,048.")
-    parser.add_argument("--named", action="store_true", help="8 named adapters, one a row.")
+    parser.add_argument("--shapes", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=DEVICE)
+    parser.add_argument("--decode", action="store_true", help="One token a row, not 256.")
+    parser.add_argument("--named", action="store_true", help="Named adapters, one a row.")
     parser.add_argument(
         "--layers",
         type=int,
@@ -273,16 +297,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    model = SHAPES[options.shapes]
+    rows = model.decode_rows if options.decode else ROWS
     for experts in options.experts:
         with torch.inference_mode():
             for row in measured(
                 experts,
                 k=options.top_k,
-                tokens=ROWS * (1 if options.decode else TOKENS),
+                tokens=rows * (1 if options.decode else TOKENS),
                 dtype=getattr(torch, options.dtype),
                 by_name=options.named,
                 layers=options.layers or (4 if options.decode else 1),
                 seconds=options.seconds,
+                model=model,
+                rows=rows,
+                device=options.device,
             ):
                 print(json.dumps(row), flush=True)
 

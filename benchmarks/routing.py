@@ -1,12 +1,13 @@
-"""What routing adds to a transformers model of SmolLM2-135M's shapes: prefill, decode, by name.
+"""What routing adds to a transformers model: prefill, decode, by name.
 
     uv run benchmarks/routing.py [--experts 256] [--top-k 2] [--dtype bfloat16]
-        [--decode | --named] [--no-peers] [--library FOLDER]
+        [--decode | --named] [--no-peers] [--library FOLDER] [--shapes 7b] [--device cuda]
 
 A row is one JSON line: median milliseconds, the median of the ratios to the base of the same round,
 the peak of memory over the base's, the row's own floors by multiply-adds and by bytes of weights,
 and the distinct experts of a layer in a step. Everything runs in turns in one process. There are
-two bases: the whole forward with its head, and the linears of a layer alone.
+two bases: the whole forward with its head, and the linears of a layer alone. On a GPU times are of
+the host, from an idle GPU to an idle GPU, and the memory is what torch allocated at its peak.
 
 Nothing is reported where outputs differ. Ours must agree with a plain Arrow that computes every
 expert for every token in a loop: in the logits, and in bfloat16, whose rounding in one layer sends
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from generated import HIDDEN, make_library
+from generated import make_library
 from kernels import (
     DEVICE,
     RANK,
@@ -38,6 +39,7 @@ from kernels import (
     interleaved,
     measured,
 )
+from shapes import SHAPES, SMOLLM2, Shapes
 from torch import Tensor, nn
 
 from mttl_adapters import kernels
@@ -45,34 +47,38 @@ from mttl_experts import ExpertLibrary, lora_modules
 from mttl_routing import RoutedModel, Task
 from mttl_routing.routers import Arrow, Choice, arrow_prototypes
 
-VOCABULARY, INTERMEDIATE, PROMPT = 49152, 1536, 64
+VOCABULARY, PROMPT = SMOLLM2.vocabulary, 64
 Run = Callable[[], Any]
 
 
-def make_base(layers: int, dtype: torch.dtype) -> Any:
+def make_base(
+    layers: int, dtype: torch.dtype, shapes: Shapes = SMOLLM2, device: str = DEVICE
+) -> Any:
     """A Llama of those shapes with random weights, the same each time."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE,
-        num_hidden_layers=layers, num_attention_heads=9, num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(DEVICE, dtype).eval().requires_grad_(False)
+    with torch.device(device):
+        model = LlamaForCausalLM(shapes.config(layers))
+    return model.to(dtype).eval().requires_grad_(False)
 
 
-def open_library(folder: Path, experts: int, layers: int) -> ExpertLibrary:
+def open_library(folder: Path, options: argparse.Namespace) -> ExpertLibrary:
     """The first experts of the generated library in a folder, made unless it is there."""
+    experts, layers, shapes = options.experts, options.layers, SHAPES[options.shapes]
     if not any(folder.iterdir()):
-        make_library(str(folder), experts, RANK, layers)
+        # Of a large model in the dtype that is measured: in float32 it would be twice as long.
+        dtype = getattr(torch, options.dtype) if options.shapes == "7b" else None
+        make_library(str(folder), experts, RANK, layers, dtype, shapes)
     library = ExpertLibrary(f"local://{folder}")
     names = library.keys()
-    modules = len(lora_modules(library[names[0]]))
-    if len(names) < experts or modules != 7 * layers:
+    found = lora_modules(library[names[0]])
+    modules = len(found)
+    features = max(each.a.shape[1] for each in found.values())
+    if len(names) < experts or modules != 7 * layers or features != shapes.intermediate:
         raise SystemExit(
-            f"{folder} has {len(names)} experts of {modules} modules, not {experts} of "
-            f"{7 * layers}; give another --library"
+            f"{folder} has {len(names)} experts of {modules} modules of up to {features} features, "
+            f"not {experts} of {7 * layers} and {shapes.intermediate}; give another --library"
         )
     return ExpertLibrary(f"local://{folder}", selection=names[:experts])
 
@@ -188,10 +194,12 @@ class Bench:
         """Build every system, and end the run where one is wrong."""
         self.options = options
         self.dtype = getattr(torch, options.dtype)
-        self.ids = torch.randint(VOCABULARY, (ROWS, PROMPT if options.decode else TOKENS))
-        self.ids = self.ids.to(DEVICE)
+        self.shapes = SHAPES[options.shapes]
+        length = PROMPT if options.decode else TOKENS
+        self.ids = torch.randint(self.shapes.vocabulary, (options.rows, length))
+        self.ids = self.ids.to(options.device)
         self.library = library
-        self.names = library.keys()[:ROWS]
+        self.names = library.keys()[: options.rows]
         self.systems: dict[str, Run] = {"base": self._run(self._base())}
         self.errors: dict[str, float] = {"base": 0.0}
         self.experts: dict[str, int] = {"base": 0}
@@ -203,14 +211,16 @@ class Bench:
         """Time all systems in turns: one row each."""
         options = self.options
         times = interleaved(self.systems, options.seconds)
-        tokens = ROWS * (1 if options.decode else TOKENS)
+        tokens = options.rows * (1 if options.decode else TOKENS)
         rows = []
         for name, run in self.systems.items():
             ratios = [own / base for own, base in zip(times[name], times["base"], strict=True)]
             experts = self.experts[name]
             own = floors(
                 max(1, experts), 1 if options.named else options.top_k, tokens, self.dtype,
-                logits=not options.named, head=HIDDEN * VOCABULARY // options.layers,
+                logits=not options.named,
+                head=self.shapes.hidden * self.shapes.vocabulary // options.layers,
+                model=self.shapes, rows=options.rows,
                 distinct=self.distinct if name.startswith("mttl") else None,
             )  # fmt: skip
             rows.append({
@@ -221,20 +231,23 @@ class Bench:
                 "dtype": options.dtype,
                 "what": ("decode" if options.decode else "prefill")
                 + (", named" if options.named else ""),
+                "shapes": options.shapes,
                 "layers": options.layers,
+                "rows": options.rows,
                 "median_ms": round(1e3 * statistics.median(times[name]), 1),
                 "ratio": round(statistics.median(ratios), 3),
-                "extra_mb": extra_mb(run, self.systems["base"]),
+                "extra_mb": extra_mb(run, self.systems["base"], options.device),
                 "error": float(f"{self.errors[name]:.1e}"),
                 **(own if experts else {}),
                 "rounds": len(ratios),
-                "device": device_name(),
+                "device": device_name(options.device),
                 "threads": torch.get_num_threads(),
             })  # fmt: skip
         return rows
 
     def _base(self) -> Any:
-        return make_base(self.options.layers, self.dtype)
+        options = self.options
+        return make_base(options.layers, self.dtype, self.shapes, options.device)
 
     def _run(self, model: Any, **given: Any) -> Run:
         return forward_of(model, self.ids, self.options.decode, **given)
@@ -319,11 +332,14 @@ def linears(options: argparse.Namespace) -> list[Mapping[str, Any]]:
         measured(
             options.experts,
             k=options.top_k,
-            tokens=ROWS * (1 if options.decode else TOKENS),
+            tokens=options.rows * (1 if options.decode else TOKENS),
             dtype=getattr(torch, options.dtype),
             by_name=options.named,
             layers=4 if options.decode else 1,
             seconds=min(8.0, options.seconds),
+            model=SHAPES[options.shapes],
+            rows=options.rows,
+            device=options.device,
         )
     )
 
@@ -333,7 +349,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--shapes", choices=SHAPES, default="smollm2-135m", help="Of the base.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=DEVICE)
+    parser.add_argument("--layers", type=int, help="Of the base; 30, and 4 of a 7b.")
+    parser.add_argument("--rows", type=int, help="Of the batch; 8, and 32 in decode of a 7b.")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--decode", action="store_true", help="One token a row, after 64.")
     parser.add_argument("--named", action="store_true", help="An expert for each row, by name.")
@@ -343,12 +362,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    shapes = SHAPES[options.shapes]
+    options.layers = options.layers or shapes.layers
+    options.rows = options.rows or (shapes.decode_rows if options.decode else ROWS)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
     torch.set_num_threads(options.threads)
     if options.library:
         options.library.mkdir(parents=True, exist_ok=True)
     kept = nullcontext(options.library) if options.library else tempfile.TemporaryDirectory()
     with kept as folder, torch.inference_mode():
-        library = open_library(Path(folder), options.experts, options.layers)
+        library = open_library(Path(folder), options)
         for row in (*linears(options), *Bench(library, options).rows()):
             print(json.dumps(row), flush=True)
 
