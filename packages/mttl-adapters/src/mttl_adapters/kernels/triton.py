@@ -184,7 +184,8 @@ class _Call:
 
     def outer(self, hidden: Tensor, weights: Tensor, x: Tensor, like: Tensor) -> Tensor:
         """Gradient of a stack of factors by rows, (R, features): weighted hidden' x an expert."""
-        starts = torch.tensor(self.bank.starts, device=x.device)
+        ranks = self.bank.device_table[:, 2]
+        starts = ranks.cumsum(0) - ranks
         out = torch.zeros_like(like, memory_format=torch.contiguous_format)
         common = {name: self.common[name] for name in ("C", "S", "M", "N", "R")}
         programs.outer[(len(self.bank), cdiv(x.shape[1], common["N"]), self._blocks)](
@@ -240,10 +241,10 @@ class _Apply(torch.autograd.Function):
                 from_b = call.outer(hidden, scaled, grad, b.T).T
         from_weights = None
         if to_weights:  # s_e <A_e x, B_e' grad>; pairs of none have zeros
-            scalings = torch.tensor((*bank.scalings, 0.0), dtype=call.real, device=x.device)
-            place = torch.where((experts < 0) | (experts >= len(bank)), len(bank), experts)
+            scalings = bank.device_table[:, 4].contiguous().view(torch.float64).to(call.real)
+            known = torch.where((experts < 0) | (experts >= len(bank)), 0, experts)
             dots = (hidden * back).sum(1).view_as(weights)
-            from_weights = (dots * scalings[place]).to(weights.dtype)
+            from_weights = (dots * scalings[known]).to(weights.dtype)
         return from_x if to_x else None, from_weights, from_a, from_b, None, None
 
 
