@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from mttl_adapters import kernels
 from mttl_experts import (
     Expert,
     ExpertInfo,
@@ -130,6 +131,18 @@ def test_arrow_equals_a_slow_loop_over_tokens_and_experts(
     with RoutedModel.from_experts(mixed_experts, "arrow", base_model=base, **options) as routed:
         found = logits_of(routed, tokens)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_arrow_on_triton_equals_plain_torch(base, mixed_experts):
+    if reason := kernels.no_triton(base.device):
+        pytest.skip(f"no Triton: {reason}")
+    ids = torch.tensor([[3, 9, 4]])
+    with RoutedModel.from_experts(mixed_experts, "arrow", 2, base_model=base) as routed:
+        with kernels.using("torch"):
+            expected = logits_of(routed, ids)
+        with kernels.using("triton"):
+            found = logits_of(routed, ids)
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_before_equals_its_dense_formula_and_is_another_function_than_after(
