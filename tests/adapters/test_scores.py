@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from mttl_adapters import kernels
-from mttl_adapters.scores import SCREENED_KEYS, Keys, top_k
+from mttl_adapters.scores import SCREENED_KEYS, Fixed, Keys, top_k
 
 
 @pytest.fixture(params=["torch", "cpu"])
@@ -158,3 +158,46 @@ def test_wrong_shapes_are_named():
         Keys([torch.zeros(4, 8), torch.zeros(4, 9)])
     with pytest.raises(ValueError, match="k is 0"):
         top_k(torch.zeros(2, 8), Keys(torch.zeros(4, 8)), 0)
+
+
+def any_bits(rows: int, features: int) -> Tensor:
+    """Float32 of all kinds: infinite, missing, under the normal ones, halfway between bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (rows, features), generator=generator)
+    bits[0] = bits[0] & ~0xFFFF | 0x8000
+    bits[1] = bits[1] & 0x807FFFFF
+    bits[2], bits[3] = 0x7FFFFFFF, 0x7F7FFFFF
+    return bits.to(torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("features", [1, 33, 576])
+def test_halves_of_keys_are_the_keys_bit_for_bit_and_take_no_more(features):
+    if kernels.missing() or not kernels.cpu.has_screen():
+        pytest.skip("no screen on this machine")
+    keys = any_bits(70, features)
+    halves = kernels.cpu.split_keys(keys)
+    joined = kernels.cpu.join_keys(halves, features)
+    assert torch.equal(joined.view(torch.int32), keys.view(torch.int32))
+    width = -(-features // 32) * 32
+    assert halves.upper.nbytes + halves.lower.nbytes == 70 * width * 4
+    assert halves.norms.nbytes == 2 * 80 * 4
+
+
+def test_keys_that_never_change_are_in_memory_once_and_score_the_same(kernel):
+    given = [torch.randn(SCREENED_KEYS, 64), torch.randn(100, 64)]
+    x = torch.randn(9, 64)
+    fixed = [Fixed(keys.clone()) for keys in given]
+    found, expected = top_k(x, Keys(fixed), 3), top_k(x, Keys(given), 3)
+    for one, other, keys, before in zip(found, expected, fixed, given, strict=True):
+        assert torch.equal(one.values, other.values)
+        assert torch.equal(one.indices, other.indices)
+        assert keys.nbytes <= before.nbytes + 2 * 4 * 128  # and the norms
+        assert torch.equal(keys.copied(), before)
+    with kernels.using("torch"):
+        for one, other in zip(top_k(x, Keys(fixed), 3), expected, strict=True):
+            torch.testing.assert_close(one.values, other.values)
+            assert torch.equal(one.indices, other.indices)
+    x.requires_grad_()
+    values = top_k(x, Keys(fixed), 1)[0].values
+    values.sum().backward()
+    torch.testing.assert_close(x.grad, given[0][found[0].indices[:, 0]])

@@ -31,14 +31,70 @@ class TopK(NamedTuple):
 
 @dataclass(frozen=True)
 class _Pointers:
-    """What the compiled kernel is told of the keys; ``packed`` is from this version of them."""
+    """What the compiled kernel is told of the keys; ``owned`` is from this version of them."""
 
     version: tuple[int, ...]
-    owned: tuple[tuple[Tensor, Tensor], ...]
+    owned: tuple[Any, ...]
     sizes: Any
-    sets: Any
-    packed: Any
+    upper: Any
+    lower: Any
     norms: Any
+
+
+class Fixed:
+    """Float32 keys (e, i) that never change, in memory once.
+
+    They are kept as they were given until a screen first reads them, and from then on as the two
+    halves of each number that it wants. Whoever gives them should let go of them.
+    """
+
+    def __init__(self, keys: Tensor) -> None:
+        """Keep the keys themselves."""
+        self._keys: Tensor | None = keys.detach().float().contiguous()
+        self._halves: Any = None
+        self.shape = keys.shape
+        self.device = keys.device
+
+    def __len__(self) -> int:
+        """How many keys there are."""
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        parts = (() if self._keys is None else (self._keys,)) + tuple(self._halves or ())
+        return sum(part.nbytes for part in parts)
+
+    @property
+    def keys(self) -> Tensor:
+        """The numbers as a tensor, made anew if they were split, and then kept beside the halves.
+
+        So one who reads both ways in turns does not wait each time.
+        """
+        keys = self._keys
+        if keys is None:
+            keys = self._keys = self.copied()
+        return keys
+
+    def copied(self) -> Tensor:
+        """The numbers as a tensor that is not kept if it was made for this."""
+        from mttl_adapters.kernels import cpu
+
+        keys, halves = self._keys, self._halves
+        return cpu.join_keys(halves, self.shape[1]) if keys is None else keys
+
+    def halves(self) -> Any:
+        """As the screen reads them."""
+        if self._halves is None:
+            from mttl_adapters.kernels import cpu
+
+            self._halves = cpu.split_keys(self.keys)
+            self._keys = None  # after the halves are there for other threads
+        return self._halves
+
+    def to(self, device: torch.device | str) -> Fixed:
+        """The same keys on ``device``; themselves where they are there already."""
+        return self if self.device == torch.device(device) else Fixed(self.copied().to(device))
 
 
 class Keys:
@@ -46,44 +102,58 @@ class Keys:
 
     Args:
         sets: of the same i; their numbers of keys may differ. Kept in float32 at least, and copied
-            only if they are not. Changing one in place is seen at the next use.
+            only if they are not. Changing one in place is seen at the next use; those that are
+            :class:`Fixed` never change, and take no more memory when they are screened.
     """
 
-    def __init__(self, sets: Tensor | Sequence[Tensor]) -> None:
+    def __init__(self, sets: Tensor | Sequence[Tensor | Fixed]) -> None:
         """Check the shapes."""
         given = [sets] if isinstance(sets, Tensor) else list(sets)
         if not given or any(
-            keys.dim() != 2 or keys.shape[1] != given[0].shape[1] for keys in given
+            len(keys.shape) != 2 or keys.shape[1] != given[0].shape[1] for keys in given
         ):
             shapes = [tuple(keys.shape) for keys in given]
             raise ValueError(f"got keys of shapes {shapes!r}; they want (e, i) with one i")
-        self.sets = tuple(
-            keys.to(torch.promote_types(keys.dtype, torch.float32)).contiguous() for keys in given
+        self._sets = tuple(
+            keys
+            if isinstance(keys, Fixed)
+            else keys.to(torch.promote_types(keys.dtype, torch.float32)).contiguous()
+            for keys in given
         )
         self._stack: tuple[tuple[int, ...], Tensor] | None = None
         self._split: tuple[tuple[int, ...], Tensor] | None = None
         self._pointers: _Pointers | None = None
 
     @property
+    def sets(self) -> tuple[Tensor, ...]:
+        """Each set as a tensor."""
+        return tuple(keys.keys if isinstance(keys, Fixed) else keys for keys in self._sets)
+
+    @property
+    def changing(self) -> tuple[Tensor, ...]:
+        """The sets that are not :class:`Fixed`."""
+        return tuple(keys for keys in self._sets if isinstance(keys, Tensor))
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Keys of each set."""
-        return tuple(keys.shape[0] for keys in self.sets)
+        return tuple(keys.shape[0] for keys in self._sets)
 
     @property
     def in_features(self) -> int:
         """Size of the input."""
-        return self.sets[0].shape[1]
+        return self._sets[0].shape[1]
 
     def to(self, device: torch.device | str) -> Keys:
         """The same keys on ``device``; themselves where they are there already."""
-        if self.sets[0].device == torch.device(device):
+        if self._sets[0].device == torch.device(device):
             return self
-        return Keys([keys.to(device) for keys in self.sets])
+        return Keys([keys.to(device) for keys in self._sets])
 
     @property
     def stack(self) -> Tensor:
         """All keys below one another."""
-        if len(self.sets) == 1:
+        if len(self._sets) == 1:
             return self.sets[0].detach()
         kept = self._stack
         if kept is None or kept[0] != self._version:
@@ -106,21 +176,22 @@ class Keys:
             from mttl_adapters.kernels import cpu
 
             version = self._version
-            owned = tuple(cpu.pack_keys(keys) for keys in self.sets)
+            owned = tuple(
+                keys.halves() if isinstance(keys, Fixed) else cpu.split_keys(keys)
+                for keys in self._sets
+            )
             array = ctypes.c_int64 * len(owned)
             kept = self._pointers = _Pointers(
                 version,
                 owned,
                 array(*self.sizes),
-                array(*(keys.data_ptr() for keys in self.sets)),
-                array(*(packed.data_ptr() for packed, _ in owned)),
-                array(*(norms.data_ptr() for _, norms in owned)),
+                *(array(*(halves[part].data_ptr() for halves in owned)) for part in range(3)),
             )
         return kept
 
     @property
     def _version(self) -> tuple[int, ...]:
-        return tuple(0 if keys.is_inference() else keys._version for keys in self.sets)
+        return tuple(0 if keys.is_inference() else keys._version for keys in self.changing)
 
 
 def top_k(x: Tensor, keys: Keys, k: int, *, absolute: bool = False) -> tuple[TopK, ...]:
@@ -149,25 +220,30 @@ def top_k(x: Tensor, keys: Keys, k: int, *, absolute: bool = False) -> tuple[Top
         raise ValueError(f"k is {k!r}; it takes a whole number from 1")
     with torch.no_grad():
         found = _found(x.detach(), keys, k, absolute)
-    results = []
-    for vectors, (values, indices) in zip(keys.sets, found, strict=True):
-        if torch.is_grad_enabled() and (x.requires_grad or vectors.requires_grad):
-            values = _Gathered.apply(x, vectors, values, indices)
-        results.append(TopK(values.abs() if absolute else values, indices))
-    return tuple(results)
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *keys.changing))
+    if learns:
+        found = [
+            (_Gathered.apply(x, vectors, values, indices), indices)
+            if x.requires_grad or vectors.requires_grad
+            else (values, indices)
+            for vectors, (values, indices) in zip(keys.sets, found, strict=True)
+        ]
+    return tuple(TopK(values.abs() if absolute else values, each) for values, each in found)
 
 
 def _found(x: Tensor, keys: Keys, k: int, absolute: bool) -> list[tuple[Tensor, Tensor]]:
     """Signed values and indices."""
-    dtype = torch.promote_types(x.dtype, keys.sets[0].dtype)
-    kernel = kernels.compiled(x, *keys.sets)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    for vectors in keys.changing:
+        dtype = torch.promote_types(dtype, vectors.dtype)
+    kernel = kernels.compiled(x, *keys.changing)
     if kernel is None or dtype != torch.float32 or k > kernel.MOST or not all(keys.sizes):
         return _plain(_products(x, keys, dtype), keys, k, absolute)
     if (
         sum(keys.sizes) >= (SCREENED_KEYS if x.is_cpu else 1)
         and kernel.has_screen()
         and kernel.takes(x)
-        and not any(vectors.requires_grad for vectors in keys.sets)
+        and not any(vectors.requires_grad for vectors in keys.changing)
     ):
         return kernel.top_k(x, keys, k, absolute)  # type: ignore[no-any-return]
     scores = torch.split(_products(x, keys, dtype), list(keys.sizes), dim=1)

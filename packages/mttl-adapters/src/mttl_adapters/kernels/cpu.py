@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,20 @@ MOST = 64  # largest k of top_k
 # more, whole rows are 1.2 to 3 times faster than blocks of 64 to 256 columns.
 COLUMNS = 256
 FEW_TOKENS = 64
+
+
+class Halves(NamedTuple):
+    """Keys (e, i) in two halves, their rows padded; together they take what the keys take.
+
+    Attributes:
+        upper: the numbers, rounded to bfloat16.
+        lower: what the bits of those lack of the bits of the numbers.
+        norms: of each key, and of what rounding took from it.
+    """
+
+    upper: Tensor
+    lower: Tensor
+    norms: Tensor
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -217,16 +231,32 @@ def has_screen() -> bool:
     return bool(_functions().mttl_has_screen())
 
 
-def pack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys (e, i) as the screen reads them, and their norms."""
+def split_keys(keys: Tensor) -> Halves:
+    """Float32 keys (e, i) as the screen reads them."""
     e, i = keys.shape
-    padded = -(-e // 16) * 16
-    packed = torch.empty(padded * (i + i % 2), dtype=torch.bfloat16)
-    norms = torch.empty(2, padded)
-    _functions().mttl_pack_keys(
-        keys.data_ptr(), e, i, packed.data_ptr(), norms.data_ptr(), torch.get_num_threads()
+    width = -(-i // 32) * 32
+    halves = Halves(
+        torch.empty(e, width, dtype=torch.bfloat16),
+        torch.empty(e, width, dtype=torch.int16),
+        torch.empty(2, -(-e // 16) * 16),
     )
-    return packed, norms
+    _functions().mttl_split_keys(
+        keys.data_ptr(), e, i, *(part.data_ptr() for part in halves), torch.get_num_threads()
+    )
+    return halves
+
+
+def join_keys(halves: Halves, in_features: int) -> Tensor:
+    """The keys that :func:`split_keys` was given, bit for bit."""
+    keys = torch.empty(len(halves.upper), in_features)
+    _functions().mttl_join_keys(
+        halves.upper.data_ptr(),
+        halves.lower.data_ptr(),
+        *keys.shape,
+        keys.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return keys
 
 
 def top_k(x: Tensor, keys: Keys, k: int, absolute: bool) -> list[tuple[Tensor, Tensor]]:
@@ -246,8 +276,8 @@ def top_k(x: Tensor, keys: Keys, k: int, absolute: bool) -> list[tuple[Tensor, T
         len(found),
         pointers.sizes,
         array(*(min(k, size) for size in keys.sizes)),
-        pointers.sets,
-        pointers.packed,
+        pointers.upper,
+        pointers.lower,
         pointers.norms,
         absolute,
         array(*(indices.data_ptr() for _, indices in found)),
@@ -284,8 +314,10 @@ def _functions() -> ctypes.CDLL:
     ]  # fmt: skip
     functions.mttl_select.restype = None
     if functions.mttl_has_screen():
-        functions.mttl_pack_keys.argtypes = [pointer, number, number, pointer, pointer, flag]
-        functions.mttl_pack_keys.restype = None
+        functions.mttl_split_keys.argtypes = [pointer, number, number, *[pointer] * 3, flag]
+        functions.mttl_split_keys.restype = None
+        functions.mttl_join_keys.argtypes = [pointer, pointer, number, number, pointer, flag]
+        functions.mttl_join_keys.restype = None
         functions.mttl_top_k.argtypes = [
             pointer, flag, number, number, number, number, *[pointer] * 5, flag, pointer, pointer,
             flag,

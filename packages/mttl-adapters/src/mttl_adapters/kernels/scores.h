@@ -9,28 +9,12 @@
  * screen (n additions, each off by 2^-24 of the sum so far, twice that for processors that cut).
  * A key whose upper bound is under the k-th largest lower bound is not among the k: k others are
  * larger for sure. Every other key is scored again, so the screen decides nothing.
+ *
+ * Keys lie in memory once: of each number the upper half, which is v', and the lower, which the
+ * score in float64 puts back under it.
  */
 
 #define MOST 64 /* largest k */
-
-/* <x, v> in float64, always in the same order. */
-INLINE float exact(const float *x, const float *v, int64_t n) {
-    typedef float floats __attribute__((vector_size(32), aligned(4), may_alias));
-    typedef double doubles __attribute__((vector_size(64)));
-    doubles sum = {0}, other = {0};
-    int64_t c = 0;
-    for (; c + 16 <= n; c += 16) {
-        sum += __builtin_convertvector(*(const floats *)(x + c), doubles) *
-               __builtin_convertvector(*(const floats *)(v + c), doubles);
-        other += __builtin_convertvector(*(const floats *)(x + c + 8), doubles) *
-                 __builtin_convertvector(*(const floats *)(v + c + 8), doubles);
-    }
-    sum += other;
-    double all = 0;
-    for (int l = 0; l < 8; l++) all += sum[l];
-    for (; c < n; c++) all += (double)x[c] * v[c];
-    return (float)all;
-}
 
 typedef struct { float rank[MOST], score[MOST]; int64_t index[MOST]; } Best;
 
@@ -91,101 +75,154 @@ int mttl_has_screen(void) { return HAS_SCREEN; }
 
 #if HAS_SCREEN
 
-#define PANEL 4 /* vectors of 16 keys in a register block, */
+#define KEYS 4 /* of a register block, */
 #define TOKENS 6 /* and tokens: 24 accumulators */
+#define WIDE 32 /* numbers that one instruction multiplies, which rows are padded to */
 
-/* Rounds a row of n numbers to 2 * half of bfloat16, and measures it and what was lost. The norms
- * are summed in float64, where no square of a float32 is lost, and end up a little too large. */
-INLINE void rounded_row(const float *x, int64_t n, int64_t half, bf16 *to, float *norm,
-                        float *lost) {
-    __m512d all[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()}, off[2] = {all[0], all[0]};
-    for (int64_t c = 0; c < 2 * half; c += 16) {
-        __mmask16 there = n - c >= 16 ? 0xffff : (__mmask16)((1 << (n > c ? n - c : 0)) - 1);
-        __mmask16 wanted = 2 * half - c >= 16 ? 0xffff : (__mmask16)((1 << (2 * half - c)) - 1);
-        __m512 value = _mm512_maskz_loadu_ps(there, x + c);
-        /* To nearest; what the dot product would take for 0 becomes 0 here. */
-        __m256i near = (__m256i)_mm512_cvtneps_pbh(value);
-        __m512i back = _mm512_slli_epi32(_mm512_cvtepu16_epi32(near), 16);
-        __m512 rest = _mm512_sub_ps(value, _mm512_castsi512_ps(back));
-        _mm256_mask_storeu_epi16(to + c, wanted, near);
-        for (int h = 0; h < 2; h++) {
-            __m512d part = _mm512_cvtps_pd(h ? _mm512_extractf32x8_ps(value, 1)
-                                             : _mm512_castps512_ps256(value));
-            all[h] = _mm512_fmadd_pd(part, part, all[h]);
-            part = _mm512_cvtps_pd(h ? _mm512_extractf32x8_ps(rest, 1)
-                                     : _mm512_castps512_ps256(rest));
-            off[h] = _mm512_fmadd_pd(part, part, off[h]);
-        }
+/* Which of the 16 numbers from c on are there, of n. */
+#define REAL(c, n) (__mmask16)((n) - (c) >= 16 ? 0xffff : (1 << ((n) > (c) ? (n) - (c) : 0)) - 1)
+
+/* Two vectors of 8 from one of 16. */
+#define HALF(value, h)                                                                             \
+    _mm512_cvtps_pd((h) ? _mm512_extractf32x8_ps(value, 1) : _mm512_castps512_ps256(value))
+
+/* Adds the squares of 16 numbers, and of what their rounded ones, back in float32, leave out. */
+INLINE void measure(__m512 value, __m512i back, __m512d *all, __m512d *off) {
+    __m512 rest = _mm512_sub_ps(value, _mm512_castsi512_ps(back));
+    for (int h = 0; h < 2; h++) {
+        all[h] = _mm512_fmadd_pd(HALF(value, h), HALF(value, h), all[h]);
+        off[h] = _mm512_fmadd_pd(HALF(rest, h), HALF(rest, h), off[h]);
     }
+}
+
+/* The square roots of both sums, a little too large. */
+INLINE void measured(const __m512d *all, const __m512d *off, float *norm, float *lost) {
     *norm = (float)sqrt(_mm512_reduce_add_pd(_mm512_add_pd(all[0], all[1]))) * (1 + 1e-6f);
     *lost = (float)sqrt(_mm512_reduce_add_pd(_mm512_add_pd(off[0], off[1]))) * (1 + 1e-6f);
 }
 
-/* Keys (e, i) as the screen reads them: panels of 64 keys, each (i / 2, keys, 2) in bfloat16, and
- * the norm of each key and of what rounding took, (2, padded e). */
-void mttl_pack_keys(const float *keys, int64_t e, int64_t i, bf16 *packed, float *norms,
-                    int threads) {
-    int64_t half = (i + 1) / 2, padded = (e + 15) / 16 * 16;
+/* Rounds a row of n numbers to width of bfloat16, and measures it and what was lost. The norms
+ * are summed in float64, where no square of a float32 is lost, and end up a little too large. */
+INLINE void rounded_row(const float *x, int64_t n, int64_t width, bf16 *to, float *norm,
+                        float *lost) {
+    __m512d all[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()}, off[2] = {all[0], all[0]};
+    for (int64_t c = 0; c < width; c += 16) {
+        __m512 value = _mm512_maskz_loadu_ps(REAL(c, n), x + c);
+        /* To nearest; what the dot product would take for 0 becomes 0 here. */
+        __m256i near = (__m256i)_mm512_cvtneps_pbh(value);
+        _mm256_storeu_si256((__m256i *)(to + c), near);
+        measure(value, _mm512_slli_epi32(_mm512_cvtepu16_epi32(near), 16), all, off);
+    }
+    measured(all, off, norm, lost);
+}
+
+/* Keys (e, i) as halves, each (e, width): upper is the number rounded to bfloat16, and lower what
+ * is to be added to its bits, with a sign, for all of it. And the norm of each key and of what
+ * rounding took, (2, padded e). */
+void mttl_split_keys(const float *keys, int64_t e, int64_t i, bf16 *upper, int16_t *lower,
+                     float *norms, int threads) {
+    int64_t width = (i + WIDE - 1) / WIDE * WIDE, padded = (e + 15) / 16 * 16;
     (void)threads;
     memset(norms, 0, sizeof(float) * 2 * (size_t)padded);
     PARALLEL(if (e * i > 32768))
     {
         SHARED_FOR
-        for (int64_t panel = 0; panel < padded; panel += 16 * PANEL) {
-            int64_t width = MIN(16 * PANEL, padded - panel);
-            bf16 *to = packed + panel * half * 2;
-            memset(to, 0, sizeof(bf16) * (size_t)(width * half * 2));
-            bf16 *row = malloc(sizeof(bf16) * 2 * (size_t)half);
-            if (!row) { /* no bound holds, so that every key is scored again */
-                for (int64_t key = panel; key < panel + width; key++) norms[key] = INFINITY;
-                continue;
+        for (int64_t key = 0; key < e; key++) {
+            __m512d all[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()}, off[2] = {all[0], all[0]};
+            for (int64_t c = 0; c < width; c += 16) {
+                __m512i bits = _mm512_maskz_loadu_epi32(REAL(c, i), keys + key * i + c);
+                __m512i near = _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000));
+                near = _mm512_and_si512(near, _mm512_set1_epi32((int)0xffff0000));
+                _mm256_storeu_si256((__m256i *)(upper + key * width + c),
+                                    _mm512_cvtepi32_epi16(_mm512_srli_epi32(near, 16)));
+                _mm256_storeu_si256((__m256i *)(lower + key * width + c),
+                                    _mm512_cvtepi32_epi16(bits));
+                /* What is below the normal numbers the dot product takes for 0. */
+                __mmask16 normal = _mm512_test_epi32_mask(near, _mm512_set1_epi32(0x7f800000));
+                measure(_mm512_castsi512_ps(bits), _mm512_maskz_mov_epi32(normal, near), all, off);
             }
-            for (int64_t key = 0; key < width && panel + key < e; key++) {
-                rounded_row(keys + (panel + key) * i, i, half, row, norms + panel + key,
-                            norms + padded + panel + key);
-                for (int64_t c = 0; c < half; c++)
-                    memcpy(to + (c * width + key) * 2, row + 2 * c, 2 * sizeof(bf16));
-            }
-            free(row);
+            measured(all, off, norms + key, norms + padded + key);
         }
     }
 }
 
-INLINE void screened(const bf16 *x, const bf16 *panel, int64_t half, int m_n, int v_n, float *to,
+/* 16 numbers from their halves. */
+INLINE __m512i whole(const bf16 *upper, const int16_t *lower) {
+    __m256i up = _mm256_loadu_si256((const __m256i *)upper);
+    __m256i low = _mm256_loadu_si256((const __m256i *)lower);
+    return _mm512_add_epi32(_mm512_slli_epi32(_mm512_cvtepu16_epi32(up), 16),
+                            _mm512_cvtepi16_epi32(low));
+}
+
+/* The keys (e, i) that mttl_split_keys was given, bit for bit. */
+void mttl_join_keys(const bf16 *upper, const int16_t *lower, int64_t e, int64_t i, float *keys,
+                    int threads) {
+    int64_t width = (i + WIDE - 1) / WIDE * WIDE;
+    (void)threads;
+    PARALLEL(if (e * i > 32768))
+    {
+        SHARED_FOR
+        for (int64_t key = 0; key < e; key++)
+            for (int64_t c = 0; c < i; c += 16)
+                _mm512_mask_storeu_epi32(keys + key * i + c, REAL(c, i),
+                                         whole(upper + key * width + c, lower + key * width + c));
+    }
+}
+
+/* <x, v> in float64, always in the same order. */
+INLINE float exact(const float *x, const bf16 *upper, const int16_t *lower, int64_t n) {
+    __m512d sum[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
+    for (int64_t c = 0; c < n; c += 16) {
+        __m512 value = _mm512_maskz_loadu_ps(REAL(c, n), x + c);
+        __m512 key = _mm512_castsi512_ps(whole(upper + c, lower + c));
+        for (int h = 0; h < 2; h++)
+            sum[h] = _mm512_fmadd_pd(HALF(value, h), HALF(key, h), sum[h]);
+    }
+    return (float)_mm512_reduce_add_pd(_mm512_add_pd(sum[0], sum[1]));
+}
+
+/* Products of m_n tokens with v_n keys; each sum of 16 is folded to one at the end. */
+INLINE void screened(const bf16 *x, const bf16 *keys, int64_t width, int m_n, int v_n, float *to,
                      int64_t step) {
-    __m512 sum[TOKENS][PANEL];
+    __m512 sum[TOKENS][KEYS];
     for (int m = 0; m < m_n; m++)
-        for (int v = 0; v < v_n; v++) sum[m][v] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < half; c++) {
-        __m512bh keys[PANEL];
+        for (int v = 0; v < KEYS; v++) sum[m][v] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < width; c += WIDE) {
+        __m512bh of_key[KEYS];
         for (int v = 0; v < v_n; v++)
-            keys[v] = (__m512bh)_mm512_loadu_si512(panel + (c * v_n + v) * 32);
+            of_key[v] = (__m512bh)_mm512_loadu_si512(keys + v * width + c);
         for (int m = 0; m < m_n; m++) {
-            int pair;
-            memcpy(&pair, x + (m * half + c) * 2, 4);
-            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            for (int v = 0; v < v_n; v++) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], both, keys[v]);
+            __m512bh of_x = (__m512bh)_mm512_loadu_si512(x + m * width + c);
+            for (int v = 0; v < v_n; v++) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], of_x, of_key[v]);
         }
     }
-    for (int m = 0; m < m_n; m++)
-        for (int v = 0; v < v_n; v++) _mm512_storeu_ps(to + m * step + v * 16, sum[m][v]);
+    for (int m = 0; m < m_n; m++) {
+        __m512 one = _mm512_add_ps(_mm512_unpacklo_ps(sum[m][0], sum[m][1]),
+                                   _mm512_unpackhi_ps(sum[m][0], sum[m][1]));
+        __m512 two = _mm512_add_ps(_mm512_unpacklo_ps(sum[m][2], sum[m][3]),
+                                   _mm512_unpackhi_ps(sum[m][2], sum[m][3]));
+        __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(one), _mm512_castps_pd(two));
+        __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(one), _mm512_castps_pd(two));
+        __m512 four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+        __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+        __m128 all = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        _mm_storeu_ps(to + m * step, all); /* rows are padded to more than KEYS */
+    }
 }
 
-INLINE void screened_panel(const bf16 *x, const bf16 *panel, int64_t half, int m_n, int v_n,
-                           float *to, int64_t step) {
-    switch (v_n) {
-    case 4: screened(x, panel, half, m_n, 4, to, step); break;
-    case 3: screened(x, panel, half, m_n, 3, to, step); break;
-    case 2: screened(x, panel, half, m_n, 2, to, step); break;
-    default: screened(x, panel, half, m_n, 1, to, step);
-    }
+INLINE void screened_keys(const bf16 *x, const bf16 *keys, int64_t e, int64_t width, int m_n,
+                          float *to, int64_t step) {
+    int64_t key = 0;
+    for (; key + KEYS <= e; key += KEYS)
+        screened(x, keys + key * width, width, m_n, KEYS, to + key, step);
+    for (; key < e; key++) screened(x, keys + key * width, width, m_n, 1, to + key, step);
 }
 
 /* Best k of one token among the keys that the screen leaves; may holds padded e indices. */
-INLINE int64_t settle(const float *x, const float *keys, const float *screen, const float *norms,
-                      int64_t e, int64_t i, int64_t k, int absolute, float norm, float lost,
+INLINE int64_t settle(const float *x, const bf16 *upper, const int16_t *lower_half,
+                      const float *screen, const float *norms, int64_t e, int64_t i, int64_t k, int absolute, float norm, float lost,
                       int64_t *may, Best *best) {
-    int64_t padded = (e + 15) / 16 * 16, n_may = 0, held = 0;
+    int64_t padded = (e + 15) / 16 * 16, width = (i + WIDE - 1) / WIDE * WIDE, n_may = 0, held = 0;
     float sums = (float)(2 * i + 32) * 0x1p-24f, near = norm + lost;
     __m512 by_key = _mm512_set1_ps((lost + near * sums) * (1 + 1e-5f));
     __m512 by_loss = _mm512_set1_ps(near * (1 + sums) * (1 + 1e-5f));
@@ -197,12 +234,11 @@ INLINE int64_t settle(const float *x, const float *keys, const float *screen, co
     if (absolute) size = _mm512_abs_ps(size);                                                      \
     off = _mm512_fmadd_ps(by_key, _mm512_loadu_ps(norms + (c)),                                    \
                           _mm512_fmadd_ps(by_loss, _mm512_loadu_ps(norms + padded + (c)), tiny));
-#define REAL_KEYS(c) (__mmask16)(e - (c) >= 16 ? 0xffff : (1 << (e - (c))) - 1)
     for (int64_t c = 0; c < e; c += 16) {
         BOUND(c)
         size = _mm512_sub_ps(size, off);
         top = _mm512_set1_ps(lower[k - 1]);
-        __mmask16 above = _mm512_mask_cmp_ps_mask(REAL_KEYS(c), size, top, _CMP_GT_OQ);
+        __mmask16 above = _mm512_mask_cmp_ps_mask(REAL(c, e), size, top, _CMP_GT_OQ);
         if (!above) continue;
         float lanes[16];
         _mm512_storeu_ps(lanes, size);
@@ -218,38 +254,39 @@ INLINE int64_t settle(const float *x, const float *keys, const float *screen, co
     for (int64_t c = 0; c < e; c += 16) {
         BOUND(c)
         size = _mm512_add_ps(size, off); /* NaN is not less than anything, so it is scored again */
-        __mmask16 above = _mm512_mask_cmp_ps_mask(REAL_KEYS(c), size, top, _CMP_NLT_UQ);
+        __mmask16 above = _mm512_mask_cmp_ps_mask(REAL(c, e), size, top, _CMP_NLT_UQ);
         for (; above; above &= (__mmask16)(above - 1)) may[n_may++] = c + __builtin_ctz(above);
     }
 #undef BOUND
-#undef REAL_KEYS
-    for (int64_t n = 0; n < n_may; n++)
-        offer(best, k, &held, exact(x, keys + may[n] * i, i), may[n], absolute);
+    for (int64_t n = 0; n < n_may; n++) {
+        int64_t from = may[n] * width;
+        offer(best, k, &held, exact(x, upper + from, lower_half + from, i), may[n], absolute);
+    }
     return n_may;
 }
 
-/* For each of n_sets key sets (sizes[s], i), packed as above: index and score (t, ks[s]) of the
+/* For each of n_sets key sets (sizes[s], i), in halves as above: index and score (t, ks[s]) of the
  * largest. Returns how many scores were computed again, or -1 without memory. */
 int64_t mttl_top_k(const void *x, int x_type, int64_t x_step, int64_t t, int64_t i, int64_t n_sets,
-                   const int64_t *sizes, const int64_t *ks, const float *const *keys,
-                   const bf16 *const *packed, const float *const *norms, int absolute,
+                   const int64_t *sizes, const int64_t *ks, const bf16 *const *upper,
+                   const int16_t *const *lower, const float *const *norms, int absolute,
                    int64_t *const *index, float *const *score, int threads) {
-    int64_t half = (i + 1) / 2, widest = 0, total = 0, again = 0, failed = 0;
+    int64_t width = (i + WIDE - 1) / WIDE * WIDE, widest = 0, total = 0, again = 0, failed = 0;
     for (int64_t s = 0; s < n_sets; s++) {
         total += sizes[s];
         if (sizes[s] > widest) widest = sizes[s];
     }
-    widest = (widest + 15) / 16 * 16;
+    widest = (widest + 15) / 16 * 16 + KEYS;
     int64_t size = (t + threads - 1) / threads;
     size = size >= TOKENS ? TOKENS : size > 4 ? 4 : size; /* tokens of one block */
     if (size == 3) size = 4;
     PARALLEL(if (t * total * i > 131072) reduction(+ : again))
     {
-        size_t bytes = (size_t)TOKENS * (4 * (size_t)(i + half + widest)) + 8 * (size_t)widest;
-        char *own = malloc(bytes + 64);
+        size_t bytes = (size_t)TOKENS * (size_t)(4 * (i + widest) + 2 * width) + 8 * (size_t)widest;
+        char *own = malloc(bytes + 128);
         int64_t *may = (int64_t *)own;
         float *rows = (float *)(may + (own ? widest : 0)), *screen = rows + TOKENS * i;
-        bf16 *near = (bf16 *)(screen + TOKENS * widest);
+        bf16 *near = (bf16 *)(((uintptr_t)(screen + TOKENS * widest) + 63) / 64 * 64);
         if (!own) {
 #if defined(_OPENMP)
 #pragma omp atomic write
@@ -264,24 +301,18 @@ int64_t mttl_top_k(const void *x, int x_type, int64_t x_step, int64_t t, int64_t
             float norm[TOKENS], lost[TOKENS];
             for (int m = 0; m < m_n; m++) {
                 x32[m] = row_f32(x, x_type, (from + m) * x_step, i, rows + m * i);
-                rounded_row(x32[m], i, half, near + m * half * 2, norm + m, lost + m);
+                rounded_row(x32[m], i, width, near + m * width, norm + m, lost + m);
             }
             for (int64_t s = 0; s < n_sets; s++) {
-                int64_t padded = (sizes[s] + 15) / 16 * 16;
-                for (int64_t panel = 0; panel < padded; panel += 16 * PANEL) {
-                    int v_n = (int)(MIN(16 * PANEL, padded - panel) / 16);
-                    const bf16 *first = packed[s] + panel * half * 2;
-                    float *to = screen + panel;
-                    if (m_n == 6) screened_panel(near, first, half, 6, v_n, to, widest);
-                    else if (m_n == 4) screened_panel(near, first, half, 4, v_n, to, widest);
-                    else for (int m = 0; m < m_n; m++)
-                        screened_panel(near + m * half * 2, first, half, 1, v_n, to + m * widest,
-                                       widest);
-                }
+                if (m_n == 6) screened_keys(near, upper[s], sizes[s], width, 6, screen, widest);
+                else if (m_n == 4) screened_keys(near, upper[s], sizes[s], width, 4, screen, widest);
+                else for (int m = 0; m < m_n; m++)
+                    screened_keys(near + m * width, upper[s], sizes[s], width, 1,
+                                  screen + m * widest, widest);
                 for (int m = 0; m < m_n; m++) {
                     Best best;
-                    again += settle(x32[m], keys[s], screen + m * widest, norms[s], sizes[s], i,
-                                    ks[s], absolute, norm[m], lost[m], may, &best);
+                    again += settle(x32[m], upper[s], lower[s], screen + m * widest, norms[s],
+                                    sizes[s], i, ks[s], absolute, norm[m], lost[m], may, &best);
                     keep(&best, ks[s], index[s] + (from + m) * ks[s],
                          score[s] + (from + m) * ks[s]);
                 }

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mttl_adapters.scores import Fixed
 from mttl_experts import IncompatibleExpertError, unread
 
 Vectors = Mapping[str, Tensor]
@@ -19,7 +20,7 @@ Vectors = Mapping[str, Tensor]
 
 class _Stack(NamedTuple):
     names: tuple[str, ...]
-    rows: Tensor  # (n, i)
+    rows: Fixed  # (n, i)
 
 
 class Stacked:
@@ -55,25 +56,28 @@ class Stacked:
                 names.append(name)
         of_all = tuple(vectors)
         self._stacks: dict[str, _Stack] = {
-            module: _Stack(of_all, rows)
+            module: _Stack(of_all, Fixed(rows))
             if len(names) == len(of_all)
-            else _Stack(tuple(names), rows[: len(names)].clone())
+            else _Stack(tuple(names), Fixed(rows[: len(names)].clone()))
             for module, (names, rows) in rooms.items()
         }
 
-    def rows(self, module: str, names: Sequence[str]) -> Tensor:
+    def rows(self, module: str, names: Sequence[str]) -> Fixed:
         """(n, i), the vectors of these experts in this order: the stack itself, or a copy."""
         stack = self._stacks.get(module)
         if stack is not None and stack.names == tuple(names) and not self._later:
             return stack.rows
         place = {} if stack is None else {name: row for row, name in enumerate(stack.names)}
-        return torch.stack(
-            [
-                self._key(self._later[name][module].float())
-                if name in self._later
-                else stack.rows[place[name]]  # type: ignore[union-attr]
-                for name in names
-            ]
+        rows = torch.empty(0) if stack is None else stack.rows.copied()
+        return Fixed(
+            torch.stack(
+                [
+                    self._key(self._later[name][module].float())
+                    if name in self._later
+                    else rows[place[name]]
+                    for name in names
+                ]
+            )
         )
 
     def changed(self, added: Mapping[str, Vectors], removed: Iterable[str]) -> Stacked:
