@@ -99,14 +99,11 @@ def _retrieval(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
     return Retrieval.fit(experts, **fitting, top_k=options.top_k, tokens=tokens)
 
 
-def _softmax(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
+def _scoring(
+    kind: type[Softmax] | type[ProductKey], experts: Sequence[Expert], options: RouterOptions
+) -> AnyRouter:
     names, widths = _learning(experts)
-    return Softmax(names, widths, options.choice, hidden=options.hidden, seed=options.seed)
-
-
-def _product_key(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
-    names, widths = _learning(experts)
-    return ProductKey(names, widths, options.choice, hidden=options.hidden, seed=options.seed)
+    return kind(names, widths, options.choice, hidden=options.hidden, seed=options.seed)
 
 
 def _mlp(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
@@ -183,6 +180,7 @@ def _from_data(
     return {expert.name: value for expert, value in zip(experts, values, strict=True)}
 
 
+_softmax, _product_key = partial(_scoring, Softmax), partial(_scoring, ProductKey)
 _ARROW = "https://arxiv.org/abs/2405.11157"
 _SOFTMAX = "https://arxiv.org/abs/1701.06538"
 # The baselines are described where Arrow is.

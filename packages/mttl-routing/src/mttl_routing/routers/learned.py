@@ -114,13 +114,29 @@ class ScoringRouter(LearnedRouter, ABC):
 
     Args:
         names: of the experts.
+        widths: size of the input of each module that they adapt, by module path.
         choice: how scores become gates.
+        hidden: size of what is compared, or lies between two maps.
+        seed: of the initial values.
     """
 
-    def __init__(self, names: Sequence[str], choice: Choice | None = None) -> None:
-        """Keep the names and the choice."""
+    def __init__(
+        self,
+        names: Sequence[str],
+        widths: Mapping[str, int],
+        choice: Choice | None = None,
+        *,
+        hidden: int = 64,
+        seed: int = 0,
+    ) -> None:
+        """Keep the names and the choice, and draw the parameters."""
         super().__init__(names)
         self.choice = Choice() if choice is None else choice
+        self.begin(widths, hidden, Draw(seed))
+
+    @abstractmethod
+    def begin(self, widths: Mapping[str, int], hidden: int, draw: Draw) -> None:
+        """Draw the parameters."""
 
     @abstractmethod
     def scores(self, x: Tensor, layer: Layer) -> Tensor:

@@ -40,9 +40,12 @@ class Mlp(ScoringRouter):
         hidden: int = 64,
         seed: int = 0,
     ) -> None:
+        """Have a choice of all of them."""
+        every = Choice(max(1, len(names)), temperature)
+        super().__init__(names, widths, every, hidden=hidden, seed=seed)
+
+    def begin(self, widths: Mapping[str, int], hidden: int, draw: Draw) -> None:
         """Draw W_1 (d, i) and W_2 (e, d); the biases are zeros."""
-        super().__init__(names, Choice(max(1, len(names)), temperature))
-        draw = Draw(seed)
         self.first = Parameters({path: draw(hidden, width) for path, width in widths.items()})
         self.first_bias = Parameters({path: torch.zeros(hidden) for path in widths})
         self.second = Parameters({path: draw(len(self.names), hidden) for path in widths})

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mttl_adapters.chosen import Chosen
 from mttl_experts import Expert
-from mttl_routing.routers.choice import Choice
 from mttl_routing.routers.learned import Draw, Parameters, ScoringRouter, together
 from mttl_routing.routers.protocol import Layer, Rows
 
@@ -24,31 +23,15 @@ class ProductKey(ScoringRouter):
 
     N need not be a square: the last line is then cut short, and searched by itself. One query a
     token; PEER's normalisation of queries over a batch is left out, for a token's gates may not
-    rest on its neighbours.
-
-    Args:
-        names: of the experts.
-        widths: size of the input of each module that they adapt, by module path.
-        choice: how scores become gates.
-        hidden: size of a query, even.
-        seed: of the initial values.
+    rest on its neighbours. ``hidden`` is the size of a query, which is even.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        widths: Mapping[str, int],
-        choice: Choice | None = None,
-        *,
-        hidden: int = 64,
-        seed: int = 0,
-    ) -> None:
+    def begin(self, widths: Mapping[str, int], hidden: int, draw: Draw) -> None:
         """Draw W_q (d, i), and the keys (lines, d/2) and (columns, d/2)."""
-        super().__init__(names, choice)
         if hidden < 2 or hidden % 2:
             raise ValueError(f"hidden is {hidden!r}; a query has two halves, so it is even")
         self.side = math.isqrt(max(0, len(self.names) - 1)) + 1
-        n_lines, half, draw = -(-len(self.names) // self.side), hidden // 2, Draw(seed)
+        n_lines, half = -(-len(self.names) // self.side), hidden // 2
         self.query = Parameters({path: draw(hidden, width) for path, width in widths.items()})
         self.first = Parameters({path: draw(n_lines, half) for path in widths})
         self.second = Parameters({path: draw(self.side, half) for path in widths})

@@ -6,11 +6,10 @@ https://arxiv.org/abs/1701.06538. Called rkhs in older libraries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from mttl_routing.routers.choice import Choice
 from mttl_routing.routers.learned import Draw, Parameters, ScoringRouter, together
 from mttl_routing.routers.protocol import Layer
 
@@ -18,28 +17,13 @@ from mttl_routing.routers.protocol import Layer
 class Softmax(ScoringRouter):
     """Scores (W_h x)·(W_e e_e) of the token and the expert, apart for each layer.
 
-    Args:
-        names: of the experts.
-        widths: size of the input of each module that they adapt, by module path.
-        choice: how scores become gates.
-        hidden: size of the embeddings.
-        seed: of the initial values.
+    ``hidden`` is the size of the embeddings.
     """
 
     per_expert = ("embeddings",)
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        widths: Mapping[str, int],
-        choice: Choice | None = None,
-        *,
-        hidden: int = 64,
-        seed: int = 0,
-    ) -> None:
+    def begin(self, widths: Mapping[str, int], hidden: int, draw: Draw) -> None:
         """Draw W_h (d, i), W_e (d, d) and the embeddings (e, d)."""
-        super().__init__(names, choice)
-        draw = Draw(seed)
         self.of_token = Parameters({path: draw(hidden, width) for path, width in widths.items()})
         self.of_expert = Parameters({path: draw(hidden, hidden) for path in widths})
         self.embeddings = Parameters({path: draw(len(self.names), hidden) for path in widths})
