@@ -8,7 +8,14 @@ from torch import nn
 
 from mttl_adapters import Bank, Chosen, TrainingConfig, kernels, mean_loss
 from mttl_experts import Expert
-from mttl_routing import RoutedModel, apply_expert, load_balance, mutual_information, train
+from mttl_routing import (
+    RoutedModel,
+    apply_expert,
+    load_balance,
+    mutual_information,
+    task_information,
+    train,
+)
 
 FAST = TrainingConfig(learning_rate=3e-2, scheduler="constant", warmup_proportion=0.0)
 KINDS = (slice(2, 5), slice(31, 34))  # token ids of two kinds
@@ -229,6 +236,21 @@ def test_information_evens_out_a_collapsed_router_and_makes_it_decide(
         assert torch.maximum(weights, 1 - weights).mean() > 0.9
 
 
+@pytest.mark.parametrize("name", ["mlp", "poly"])
+def test_information_about_tasks_gives_each_task_experts_of_its_own(
+    base, experts, hardly_labelled, name
+):
+    config = replace(FAST, learning_rate=1e-2 if name == "mlp" else 0.3)
+    with RoutedModel.from_experts(experts, name, base_model=base) as routed:
+        train(routed, hardly_labelled, config, task_information=20.0)
+        found = []
+        for kind, task in enumerate(("anna", "bert")):
+            with routed.trace() as trace, torch.no_grad():
+                routed(ids_of(kind, 4), task_names=task)
+            found.append([shares.get("anna", 0.0) for shares in trace.shares().values()])
+    assert all(abs(one - other) > 0.7 for one, other in zip(*found, strict=True))
+
+
 def shares_of(routed) -> list[float]:
     """The first expert's share of the tokens of both kinds, in each layer."""
     ids = torch.cat([ids_of(0, 4), ids_of(1, 4)])
@@ -258,6 +280,21 @@ def test_the_losses_are_what_they_are_said_to_be():
     assert mutual_information(even).item() == pytest.approx(0.0, abs=1e-6)
     assert mutual_information(one).item() == pytest.approx(0.0, abs=1e-6)
     assert mutual_information(certain).item() == pytest.approx(torch.tensor(3.0).log().item())
+
+
+def test_information_about_tasks_is_what_it_is_said_to_be():
+    tasks = torch.tensor([0, 0, 1, 1, 2, 2])
+    own = torch.eye(3).repeat_interleave(2, dim=0)
+    assert task_information(own, tasks).item() == pytest.approx(torch.tensor(3.0).log().item())
+    # Tokens of one task may share two experts as they like, if no other task has those.
+    pair = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]])
+    halves = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1], [0, 0, 1]])
+    known = [task_information(shares, tasks[:4]).item() for shares in (pair, halves)]
+    assert known == pytest.approx([torch.tensor(2.0).log().item()] * 2)
+    alike = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).repeat(3, 1)
+    assert task_information(alike, tasks).item() == pytest.approx(0.0, abs=1e-6)
+    weights = torch.rand(6, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: task_information(w.softmax(1), tasks), (weights,))
 
 
 def test_padding_takes_no_part_in_the_losses(base, experts, mixture):
@@ -315,6 +352,8 @@ def test_what_cannot_be_trained_is_said(base, experts, mixture):
     refused("arrow", "Arrow has no parameters, so there is nothing to train")
     refused("softmax", "no batches", data=[])
     refused(_ByRow(), "decides by the prompt", balance=0.1)
+    nameless = [{k: v for k, v in batch.items() if k != "task_names"} for batch in mixture[:1]]
+    refused("softmax", "names none; give task_names", data=nameless, task_information=0.1)
 
 
 class _ByRow(nn.Module):

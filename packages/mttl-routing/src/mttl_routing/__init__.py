@@ -3,7 +3,7 @@
 from mttl_routing.checkpoint import merge_into_checkpoint
 from mttl_routing.cohort import check_one_base
 from mttl_routing.conversion import as_lora
-from mttl_routing.losses import load_balance, mutual_information
+from mttl_routing.losses import load_balance, mutual_information, task_information
 from mttl_routing.merge import merge
 from mttl_routing.merges import MERGES, LowRank, Merge, MergeRule, Update
 from mttl_routing.routed_model import RoutedModel, apply_expert
@@ -80,6 +80,7 @@ __all__ = [
     "merge",
     "merge_into_checkpoint",
     "mutual_information",
+    "task_information",
     "train",
     "train_gates",
 ]

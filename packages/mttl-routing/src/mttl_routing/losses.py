@@ -42,6 +42,26 @@ def mutual_information(probabilities: Tensor) -> Tensor:
     return _entropy(marginal) - given
 
 
+def task_information(probabilities: Tensor, tasks: Tensor) -> Tensor:
+    """I(e; task) of expert and task, in nats, by which experts come to differ between tasks.
+
+    As in Mod-Squad (https://arxiv.org/abs/2212.08066): H(e) less the mean of H(e|task), P(e|task)
+    being the mean of a task's tokens. Unlike :func:`mutual_information` it leaves tokens of one
+    task free to share experts in any way.
+
+    Args:
+        probabilities: (t, e).
+        tasks: (t,) int64, the task of each token, counted from 0.
+    """
+    if not len(probabilities):
+        return probabilities.sum()
+    sums = probabilities.new_zeros(int(tasks.max()) + 1, probabilities.shape[1])
+    sums = sums.index_add(0, tasks, probabilities)  # (tasks, e)
+    counts = torch.bincount(tasks, minlength=len(sums)).to(probabilities)
+    given = _entropy(sums / counts.clamp_min(1.0).unsqueeze(1)) @ counts
+    return _entropy(sums.sum(dim=0) / len(probabilities)) - given / len(probabilities)
+
+
 def _entropy(probabilities: Tensor) -> Tensor:
     # Of a share too small for its number format the logarithm is kept finite, and so the gradient.
     logs = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()

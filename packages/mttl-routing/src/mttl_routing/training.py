@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from mttl_adapters.progress import Progress
 from mttl_adapters.training_config import TrainingConfig, TrainingReport
 from mttl_experts import Expert, lora_modules
 from mttl_routing.call import Call, Gates
-from mttl_routing.losses import load_balance, mutual_information
+from mttl_routing.losses import load_balance, mutual_information, task_information
 from mttl_routing.roster import Roster
 from mttl_routing.routers import Layer, Rows
 
@@ -41,6 +41,7 @@ def train(
     experts: bool = False,
     balance: float = 0.0,
     information: float = 0.0,
+    task_information: float = 0.0,
     validation: Sequence[Mapping[str, Any]] = (),
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 10.0,
@@ -50,10 +51,11 @@ def train(
 
     What moves is each parameter of ``routed.router`` (an ``nn.Module``) that wants a gradient, and
     with ``experts=True`` the factors of every expert too, in float32; never the base. Minimised is
-    the mean loss of the labelled tokens, plus ``balance`` times the :func:`load_balance` and minus
-    ``information`` times the :func:`mutual_information` of the gates, both over the tokens that are
-    no padding, and their mean over the layers that decide. An expert that was trained is put back
-    under its name, with the info it had.
+    the mean loss of the labelled tokens, plus ``balance`` times the :func:`load_balance`, minus
+    ``information`` times the :func:`mutual_information` of the gates with the tokens, and minus
+    ``task_information`` times that with the rows' tasks, all over the tokens that are no padding,
+    and their mean over the layers that decide. An expert that was trained is put back under its
+    name, with the info it had.
 
     Seeded by ``config.seed``: the same arguments give the same numbers, also when interrupted and
     called again with the same ``checkpoint``. It works under activation checkpointing.
@@ -65,8 +67,9 @@ def train(
         config: optimiser, schedule and seed.
         experts: whether the experts are trained as well.
         balance: weight of the load-balance loss.
-        information: weight of the mutual information.
-        validation: batches whose mean loss, without those two, picks the weights to keep.
+        information: weight of the mutual information of expert and token.
+        task_information: weight of that of expert and task; batches then need ``task_names``.
+        validation: batches whose mean loss, without those three, picks the weights to keep.
         checkpoint: file to save to and to go on from; the caller removes it when done.
         checkpoint_seconds: at least this long lies between two saves.
         progress: told of each step.
@@ -84,7 +87,7 @@ def train(
             "train; give one that has, such as 'softmax', or train experts=True"
         )
     was_training = routed.model.training
-    objective = _objective(routed, balance, information)
+    objective = _objective(routed, _Weights(balance, information, task_information))
     with seeded(routed, config.seed), _frozen(routed.model):
         try:
             routed._hooks.roster = learning
@@ -102,12 +105,19 @@ def train(
     return report
 
 
+class _Weights(NamedTuple):
+    """Of the losses over the gates."""
+
+    balance: float
+    information: float
+    task_information: float
+
+
 @dataclass(eq=False)
 class _Watch:
     """The terms over the gates of one forward, one for each layer that decided in it."""
 
-    balance: float
-    information: float
+    weights: _Weights
     terms: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(
@@ -121,14 +131,18 @@ class _Watch:
             shares = gates.dense(n_experts) if isinstance(gates, Chosen) else gates
             if shares.dim() == 3:  # of several heads
                 shares = gates = shares.mean(dim=1)
+        weights, term = self.weights, shares.new_zeros(())
+        tasks = _tasks(rows, shares) if weights.task_information else None
         if call.mask is not None and call.mask.numel() == len(shares):
             counting = call.mask.flatten().to(shares.device)
             shares, gates = shares[counting], _those(gates, counting)
-        term = shares.new_zeros(())
-        if self.balance:
-            term = term + self.balance * load_balance(shares, gates)
-        if self.information:
-            term = term - self.information * mutual_information(shares)
+            tasks = None if tasks is None else tasks[counting]
+        if weights.balance:
+            term = term + weights.balance * load_balance(shares, gates)
+        if weights.information:
+            term = term - weights.information * mutual_information(shares)
+        if tasks is not None:
+            term = term - weights.task_information * task_information(shares, tasks)
         self.terms[layer.module] = term
 
     def mean(self) -> Tensor:
@@ -141,6 +155,18 @@ class _Watch:
         return torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
 
+def _tasks(rows: Rows, shares: Tensor) -> Tensor:
+    """(t,) the task of each token, counted as they are met."""
+    if rows.tasks is None:
+        raise ValueError(
+            "task_information is about the rows' tasks, and this batch names none; give task_names"
+        )
+    names = (rows.tasks,) if isinstance(rows.tasks, str) else rows.tasks
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    of_rows = torch.tensor([numbers[name] for name in names], device=shares.device)
+    return of_rows.repeat_interleave(len(shares) // len(names))
+
+
 def _those(gates: Gates, counting: Tensor) -> Gates:
     if isinstance(gates, Tensor):
         return gates[counting]
@@ -148,16 +174,16 @@ def _those(gates: Gates, counting: Tensor) -> Gates:
     return Chosen(each.experts[counting], each.weights[counting])
 
 
-def _objective(routed: RoutedModel, balance: float, information: float) -> Objective:
+def _objective(routed: RoutedModel, weights: _Weights) -> Objective:
     """The loss of the labelled tokens, and while learning the terms over the gates beside it."""
-    watched = bool(balance or information)
+    watched = any(weights)
     whole = _whole(routed)
     count = _n_labels if routed.config.is_encoder_decoder else n_labelled
 
     def loss(model: Any, part: dict[str, Any]) -> tuple[Tensor, int]:
         rows = dict(part)
         tasks = rows.pop(TASKS, None)
-        watch = _Watch(balance, information) if watched and torch.is_grad_enabled() else None
+        watch = _Watch(weights) if watched and torch.is_grad_enabled() else None
         with routed._scoped(watch=watch), nullcontext() if tasks is None else routed.tasks(tasks):
             if whole or "attention_mask" not in rows:
                 n = count(rows)
