@@ -33,7 +33,7 @@ class Bank:
     An expert that leaves the layer alone is an expert of rank 0: it keeps its column in the gates
     and costs nothing. A bank never changes. :meth:`append`, :meth:`remove` and :meth:`replace`
     give another one that shares its memory, so whoever is computing with this one is not disturbed.
-    All factors are finite, so that an expert that a token did not choose changes nothing for it.
+    All factors are finite, since what a token did not choose may be multiplied by 0 for it.
 
     Attributes:
         slabs: memory with the experts' rows.
