@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mttl_adapters import kernels
 from mttl_adapters.bank import Bank
@@ -203,6 +204,41 @@ def test_bfloat16_gradients_are_those_of_float64_within_rounding(device, path):
         own, x = None, x.detach()
     for found, right in zip(grads[1], grads[0], strict=True):
         close(found, right, 1e-2)
+
+
+class NothingIsWaitedFor(TorchDispatchMode):
+    """Refuses what brings a number from the device to the host, or a size that depends on one."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "bincount"}, name
+        assert "unique" not in name, name
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_device_is_not_waited_for(device, path):
+    factors = make_factors([4, 0, 9])
+    bank = Bank.from_factors(factors, device=device).learnable()
+    x, output = torch.randn(5, IN, device=device), torch.randn(5, OUT, device=device)
+    keys = Keys(torch.randn(30, IN, device=device))
+
+    def work() -> None:
+        with torch.no_grad():
+            (best,) = top_k(x, keys, 2)
+            bank.add_to(output.clone(), x, Chosen(best.indices % 3, best.values))
+        given = x.clone().requires_grad_()
+        chosen = Chosen(best.indices % 3, torch.ones(5, 2, device=device))
+        bank.apply_grouped(given, chosen).sum().backward()
+
+    work()  # what is made once
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with NothingIsWaitedFor():
+            work()
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # Scores.

@@ -41,8 +41,8 @@ MOST_KEYS = 8192
 # microseconds, in which an H200 reads so many bytes.
 FEW_BYTES = 1 << 27
 PARTS = 4  # among which the features of a pair are divided there
-# Updates of pairs that wait to be added up: no more than stay in the second-level cache.
-UPDATES_BYTES = 1 << 24
+# Updates of pairs that wait to be added up: no more than half of an H200's second-level cache.
+UPDATES_BYTES = 24 << 20
 NARROWEST = 256  # columns that they have at least
 PRODUCTS_BYTES = 1 << 25  # of top_k, at a time
 
@@ -143,7 +143,7 @@ class _Call:
             "E": next_power_of_2(e),
             "M": tile,
             "N": 128 if product.itemsize == 2 else 256 // product.itemsize,
-            "R": min(64, max(16, next_power_of_2(bank.widest))),
+            "R": min(256 // real.itemsize, max(16, next_power_of_2(bank.widest))),
         }
         return cls(bank, experts, order, offsets, real, product, tile, common)
 
