@@ -336,9 +336,10 @@ class Bank:
         if self.resident:
             self._read(chosen, self.resident)
         x = x.to(torch.promote_types(x.dtype, self.dtype))
-        with torch.set_grad_enabled(self._learns(chosen, out, x)):
-            if self._in_rows and x.dtype == self.dtype and not torch.is_grad_enabled():
-                return rows.add_to(out, x, self._in_rows, chosen)
+        learns = self._learns(chosen, out, x)
+        if self._in_rows and x.dtype == self.dtype and not learns:
+            return rows.add_to(out, x, self._in_rows, chosen)
+        with torch.set_grad_enabled(learns):
             wide = out.to(self._wide(x, out))
             sums = plain.grouped(x, self._rows, chosen, wide)
             return sums if wide is out else out.copy_(sums)

@@ -257,13 +257,18 @@ def _products(x: Tensor, keys: Keys, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) @ keys.stack.to(dtype).T
 
 
-def _plain(products: Tensor, keys: Keys, k: int, absolute: bool) -> list[tuple[Tensor, Tensor]]:
-    found = []
-    for scores in torch.split(products, list(keys.sizes), dim=1):
-        ranked = scores.abs() if absolute else scores
-        indices = torch.topk(ranked, min(k, scores.shape[1]), dim=1).indices
-        found.append((scores.gather(1, indices), indices))
-    return found
+def _plain(scores: Tensor, keys: Keys, k: int, absolute: bool) -> list[tuple[Tensor, Tensor]]:
+    if len(set(keys.sizes)) > 1:
+        return [_best(some, k, absolute) for some in torch.split(scores, list(keys.sizes), dim=1)]
+    values, indices = _best(scores.view(len(scores), len(keys.sizes), keys.sizes[0]), k, absolute)
+    return list(zip(values.unbind(1), indices.unbind(1), strict=True))
+
+
+def _best(scores: Tensor, k: int, absolute: bool) -> tuple[Tensor, Tensor]:
+    """The k largest of the last dimension: signed values and indices."""
+    ranked = scores.abs() if absolute else scores
+    indices = torch.topk(ranked, min(k, scores.shape[-1]), dim=-1).indices
+    return scores.gather(-1, indices), indices
 
 
 class _Gathered(torch.autograd.Function):

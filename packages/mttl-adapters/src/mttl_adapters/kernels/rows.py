@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -56,14 +57,21 @@ class Rows:
     def update(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """What the experts (n, k) of each token make of it, (n, o)."""
         bags, scaled = self.bags(experts, weights)
-        (n, width), rows = bags.shape, bags.flatten()
-        begin = torch.arange(0, n * width, width, device=x.device)
-        bag_of = torch.arange(n, device=x.device).repeat_interleave(width)
+        rows = bags.flatten()
+        begin, bag_of = _bounds(*bags.shape, x.device)
         hidden = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             x, self.a, rows, begin, bag_of, 0
         )
         hidden = (hidden * scaled.flatten()).to(x.dtype)
         return torch.embedding_bag(self.b, rows, begin, False, 0, False, hidden)[0]
+
+
+@lru_cache(maxsize=16)
+def _bounds(bags: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each of so many bags begins, and the bag of each row."""
+    with torch.inference_mode(False):  # whoever computes next may want a gradient
+        number = torch.arange(bags, device=device)
+        return number * width, number.repeat_interleave(width)
 
 
 def add_to(out: Tensor, x: Tensor, rows: Rows, chosen: Chosen) -> Tensor:
