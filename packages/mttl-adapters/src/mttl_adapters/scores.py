@@ -165,7 +165,8 @@ class Keys:
         """All keys below one another, in pieces of bfloat16 (3, e, i); for float32 keys alone."""
         kept = self._split
         if kept is None or kept[0] != self._version:
-            kept = self._split = (self._version, pieces.split(self.stack))
+            split = [pieces.split(keys.detach()) for keys in self.sets]  # no stack is kept for it
+            kept = self._split = (self._version, torch.cat(split, dim=1))
         return kept[1]
 
     @property
