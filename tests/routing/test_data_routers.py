@@ -134,7 +134,7 @@ def test_what_was_learned_is_kept_by_expert_and_data_and_never_stale(base, make_
 
     def vectors():
         with RoutedModel.from_library(library, "centroid", base_model=base, batches=data) as routed:
-            return dict(zip(data, routed.router._stacked.rows(PATH, list(data)), strict=True))
+            return dict(zip(data, routed.router._stacked.rows(PATH, list(data)).keys, strict=True))
 
     before = library.generation
     first = vectors()
