@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 
 from mttl_adapters import kernels
-from mttl_adapters.scores import SCREENED_KEYS, Fixed, Keys, top_k
+from mttl_adapters.fixed_keys import Fixed
+from mttl_adapters.scores import SCREENED_KEYS, Keys, top_k
 
 
 @pytest.fixture(params=["torch", "cpu"])
@@ -181,6 +182,32 @@ def test_halves_of_keys_are_the_keys_bit_for_bit_and_take_no_more(features):
     width = -(-features // 32) * 32
     assert halves.upper.nbytes + halves.lower.nbytes == 70 * width * 4
     assert halves.norms.nbytes == 2 * 80 * 4
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_keys_that_others_follow_are_not_copied_while_there_is_room(kernel, split):
+    given = torch.randn(SCREENED_KEYS + 40, 33)
+    fixed, x = Fixed(given[:SCREENED_KEYS].clone()), torch.randn(9, 33)
+
+    def check(keys, n: int) -> None:
+        assert torch.equal(keys.copied(), given[:n])
+        (found,), (expected,) = top_k(x, Keys([keys]), 2), top_k(x, Keys(given[:n].clone()), 2)
+        assert torch.equal(found.indices, expected.indices)
+        torch.testing.assert_close(found.values, expected.values)
+
+    if split:
+        check(fixed, SCREENED_KEYS)
+    places = set()
+    versions = [fixed]
+    for n in range(SCREENED_KEYS, len(given)):
+        versions.append(versions[-1].extended(given[n : n + 1]))
+        places.add((versions[-1]._halves or (versions[-1]._keys,))[0].buffer.data_ptr())
+    assert len(places) <= 4  # copies of all that was there
+    for more, keys in enumerate(versions[:: 10 if split else 40]):
+        check(keys, SCREENED_KEYS + more * (10 if split else 40))
+    branch = fixed.extended(-given[-1:])  # after another took the room
+    assert torch.equal(branch.copied()[-1], -given[-1])
+    check(versions[1], SCREENED_KEYS + 1)
 
 
 def test_keys_that_never_change_are_in_memory_once_and_score_the_same(kernel):

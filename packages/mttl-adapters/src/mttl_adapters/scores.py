@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mttl_adapters import kernels
+from mttl_adapters.fixed_keys import Fixed
 from mttl_adapters.kernels import pieces
 
 # From so many keys on, screening in bfloat16 is ahead of float32 products: timed on 2 cores with
@@ -39,62 +40,6 @@ class _Pointers:
     upper: Any
     lower: Any
     norms: Any
-
-
-class Fixed:
-    """Float32 keys (e, i) that never change, in memory once.
-
-    They are kept as they were given until a screen first reads them, and from then on as the two
-    halves of each number that it wants. Whoever gives them should let go of them.
-    """
-
-    def __init__(self, keys: Tensor) -> None:
-        """Keep the keys themselves."""
-        self._keys: Tensor | None = keys.detach().float().contiguous()
-        self._halves: Any = None
-        self.shape = keys.shape
-        self.device = keys.device
-
-    def __len__(self) -> int:
-        """How many keys there are."""
-        return self.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """What they take."""
-        parts = (() if self._keys is None else (self._keys,)) + tuple(self._halves or ())
-        return sum(part.nbytes for part in parts)
-
-    @property
-    def keys(self) -> Tensor:
-        """The numbers as a tensor, made anew if they were split, and then kept beside the halves.
-
-        So one who reads both ways in turns does not wait each time.
-        """
-        keys = self._keys
-        if keys is None:
-            keys = self._keys = self.copied()
-        return keys
-
-    def copied(self) -> Tensor:
-        """The numbers as a tensor that is not kept if it was made for this."""
-        from mttl_adapters.kernels import cpu
-
-        keys, halves = self._keys, self._halves
-        return cpu.join_keys(halves, self.shape[1]) if keys is None else keys
-
-    def halves(self) -> Any:
-        """As the screen reads them."""
-        if self._halves is None:
-            from mttl_adapters.kernels import cpu
-
-            self._halves = cpu.split_keys(self.keys)
-            self._keys = None  # after the halves are there for other threads
-        return self._halves
-
-    def to(self, device: torch.device | str) -> Fixed:
-        """The same keys on ``device``; themselves where they are there already."""
-        return self if self.device == torch.device(device) else Fixed(self.copied().to(device))
 
 
 class Keys:

@@ -246,6 +246,13 @@ def split_keys(keys: Tensor) -> Halves:
     return halves
 
 
+def joined_norms(norms: Tensor, e: int, more: Tensor, m: int) -> Tensor:
+    """Of :class:`Halves`, those of e keys and of m more, side by side."""
+    joined = torch.zeros(2, -(-(e + m) // 16) * 16)
+    joined[:, :e], joined[:, e : e + m] = norms[:, :e], more[:, :m]
+    return joined
+
+
 def join_keys(halves: Halves, in_features: int) -> Tensor:
     """The keys that :func:`split_keys` was given, bit for bit."""
     keys = torch.empty(len(halves.upper), in_features)

@@ -12,15 +12,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mttl_adapters.scores import Fixed
+from mttl_adapters.fixed_keys import Fixed
 from mttl_experts import IncompatibleExpertError, unread
 
 Vectors = Mapping[str, Tensor]
 
 
 class _Stack(NamedTuple):
-    names: tuple[str, ...]
+    names: tuple[str | None, ...]  # None is an expert that is gone
     rows: Fixed  # (n, i)
+
+    def without(self, gone: frozenset[str]) -> _Stack:
+        """The same, its rows copied only once more than half of them are of experts gone."""
+        if gone.isdisjoint(self.names):
+            return self
+        names = tuple(None if name in gone else name for name in self.names)
+        kept = [row for row, name in enumerate(names) if name is not None]
+        if 2 * len(kept) >= len(names):
+            return _Stack(names, self.rows)
+        return _Stack(tuple(names[row] for row in kept), Fixed(self.rows.copied()[kept]))
 
 
 class Stacked:
@@ -39,7 +49,6 @@ class Stacked:
             IncompatibleExpertError: a module's vectors differ in size.
         """
         self._key = key
-        self._later: dict[str, Vectors] = {}
         rooms: dict[str, tuple[list[str], Tensor]] = {}
         for name, lazy in vectors.items():
             for module, vector in unread(lazy).items():
@@ -64,26 +73,28 @@ class Stacked:
 
     def rows(self, module: str, names: Sequence[str]) -> Fixed:
         """(n, i), the vectors of these experts in this order: the stack itself, or a copy."""
-        stack = self._stacks.get(module)
-        if stack is not None and stack.names == tuple(names) and not self._later:
+        stack = self._stacks[module]
+        if stack.names == tuple(names):
             return stack.rows
-        place = {} if stack is None else {name: row for row, name in enumerate(stack.names)}
-        rows = torch.empty(0) if stack is None else stack.rows.copied()
-        return Fixed(
-            torch.stack(
-                [
-                    self._key(self._later[name][module].float())
-                    if name in self._later
-                    else rows[place[name]]
-                    for name in names
-                ]
-            )
-        )
+        place = {name: row for row, name in enumerate(stack.names)}
+        return Fixed(stack.rows.copied()[[place[name] for name in names]])
 
     def changed(self, added: Mapping[str, Vectors], removed: Iterable[str]) -> Stacked:
-        """The same with the vectors of some more experts, and none of others."""
+        """The same with the vectors of some more experts, and none of others.
+
+        The vectors of more experts alone are copied, most of the time.
+        """
         other = object.__new__(Stacked)
-        other._key, other._stacks = self._key, self._stacks
-        gone = set(removed)
-        other._later = {n: v for n, v in self._later.items() if n not in gone} | dict(added)
+        gone = frozenset(removed)
+        other._key = self._key
+        other._stacks = {module: stack.without(gone) for module, stack in self._stacks.items()}
+        for name, vectors in added.items():
+            for module, vector in unread(vectors).items():
+                row = self._key(vector.float()).unsqueeze(0)
+                stack = other._stacks.get(module)
+                other._stacks[module] = (
+                    _Stack((name,), Fixed(row))
+                    if stack is None
+                    else _Stack((*stack.names, name), stack.rows.extended(row))
+                )
         return other
