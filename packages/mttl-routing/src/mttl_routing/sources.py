@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -68,8 +68,9 @@ class InMemory:
         with ThreadPoolExecutor(_WORKERS) as pool:  # a library verifies what it reads first
             shapes = list(pool.map(_shapes_of, experts))
         check_features(experts, [{m: s.features for m, s in own.items()} for own in shapes])
+        alike: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         banks = {
-            module: self._room([own.get(module) for own in shapes])
+            module: self._room([own.get(module) for own in shapes], alike)
             for module in sorted(set().union(*shapes))
         }
         for column, expert in enumerate(experts):
@@ -84,8 +85,10 @@ class InMemory:
     def changed(self) -> None:
         """Nothing is to be done."""
 
-    def _room(self, column: Sequence[_Shape | None]) -> Bank:
-        """A bank whose factors are still to be written."""
+    def _room(
+        self, column: Sequence[_Shape | None], alike: dict[tuple[Any, ...], tuple[Any, ...]]
+    ) -> Bank:
+        """A bank whose factors are still to be written; it shares what is ``alike`` in others."""
         some = [shape for shape in column if shape is not None]
         ranks = [0 if shape is None else shape.rank for shape in column]
         dtype, device, (out_features, in_features) = self.dtype, some[0].device, some[0].features
@@ -98,10 +101,12 @@ class InMemory:
               for width in (in_features, out_features))
         )  # fmt: skip
         starts = accumulate(ranks, initial=0)
+        runs = tuple(Run(0, start, rank) for start, rank in zip(starts, ranks, strict=False))
+        scalings = tuple(1.0 if shape is None else shape.scaling for shape in column)
         return Bank(
             (slab,),
-            tuple(Run(0, start, rank) for start, rank in zip(starts, ranks, strict=False)),
-            tuple(1.0 if shape is None else shape.scaling for shape in column),
+            alike.setdefault(runs, runs),
+            alike.setdefault(scalings, scalings),
             in_features,
             out_features,
             dtype,
