@@ -6,7 +6,6 @@ gets, and how much of each, is the caller's business and comes in as gates.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -149,16 +148,15 @@ class Bank:
     @cached_property
     def table(self) -> Tensor:
         """(e, 5) int64, what the compiled kernel reads of each expert: ``Expert`` in ``cpu.c``."""
-        pointers = [slab.pointers for slab in self.slabs]
-        size = self.dtype.itemsize
-        rows = []
-        for run, scaling in zip(self.runs, self.scalings, strict=True):
-            a, b = pointers[run.slab]
-            a += run.start * self.in_features * size
-            b += run.start * self.out_features * size
-            rows.append((a, b, run.rank, 0, *struct.unpack("q", struct.pack("d", scaling))))
+        runs = torch.tensor(self.runs, dtype=torch.int64).view(-1, 3)
+        pointers = torch.tensor([slab.pointers for slab in self.slabs], dtype=torch.int64)
+        widths = torch.tensor([self.in_features, self.out_features]) * self.dtype.itemsize
         with torch.inference_mode(False):  # ticks are written to it afterwards, too
-            return torch.tensor(rows, dtype=torch.int64).view(len(rows), 5)
+            table = torch.zeros(len(self), 5, dtype=torch.int64)
+        table[:, :2] = pointers[runs[:, 0]] + runs[:, 1:2] * widths
+        table[:, 2] = runs[:, 2]
+        table[:, 4] = torch.tensor(self.scalings, dtype=torch.float64).view(torch.int64)
+        return table
 
     @cached_property
     def device_table(self) -> Tensor:

@@ -47,11 +47,15 @@ class Layer:
     @cached_property
     def enabled(self) -> tuple[int, ...]:
         """Columns of the experts that may be chosen, whether they change this layer or not."""
+        if not self.disabled:
+            return tuple(range(len(self.experts)))
         return tuple(index for index in range(len(self.experts)) if index not in self.disabled)
 
     @cached_property
     def present(self) -> tuple[int, ...]:
         """Columns of the experts that may be chosen and change this layer."""
+        if min(self.bank.ranks, default=0) > 0:
+            return self.enabled
         return tuple(index for index in self.enabled if self.bank.ranks[index] > 0)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
