@@ -7,21 +7,30 @@
 Arrow over generated experts of rank 16 of SmolLM2-135M's shapes, the first of ``--library``, which
 is made where there is none. Memory is that of the process beyond the base model (``RssAnon`` and
 ``RssFile`` of /proc/self/status): the peak of a build, after it, and the peak while a forward of
-8 x 256 tokens runs, less that of the base's own forward; ``share`` is the two together over the
-size of the factors. Each row is one JSON line: the first build, forwards, and a build with
+16, and of 8 x 256 tokens runs, less that of the base's own; ``share`` is the two together over the
+size of the factors, and ``transient_mb`` what the peak is above what was there before, less the
+same of the base: all layers share it, so none takes more. What the C library holds free is given
+back before each row (``malloc_trim``): the base's own forwards leave 30 to 120 MB of that.
+
+Each row is one JSON line: the first build, forwards, one expert more (what it adds to the memory
+that was there; the first forward of 16 tokens after it, and the second), and a build with
 prototypes (and files) there; seconds are those that passed, and those of the processor, which other
-jobs disturb less. With ``--check`` the logits of 16 tokens are compared with a loop over experts.
+jobs disturb less. With ``--check`` the logits of 16 tokens are compared with a loop over the
+experts that their own prototypes choose. Where mapped files take more than ``--resident-gb``, the
+run ends with an error.
 ``--peer`` is PEFT's ``create_arrow_model`` instead.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +39,7 @@ from generated import make_library
 from routing import VOCABULARY, PlainArrow, make_base
 
 from mttl_adapters import BankFiles
-from mttl_experts import ExpertLibrary
+from mttl_experts import Expert, ExpertLibrary
 from mttl_routing import RoutedModel
 
 RANK, TOP_K, ROWS, TOKENS, MEGABYTE = 16, 2, 8, 256, 10**6
@@ -46,6 +55,13 @@ def resident() -> dict[str, int]:
     return found
 
 
+def settle() -> None:
+    """Let go of all that nobody holds."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 class Peak:
     """The largest of what :func:`resident` says, each by itself and the two together."""
 
@@ -58,6 +74,14 @@ class Peak:
         anon, file = now["RssAnon"], now["RssFile"]
         self.anon, self.file = max(self.anon, anon), max(self.file, file)
         self.both = max(self.both, anon + file)
+
+
+def now() -> Peak:
+    """What is in memory at least."""
+    settle()
+    peak = Peak()
+    peak.look()
+    return peak
 
 
 @contextmanager
@@ -94,9 +118,10 @@ class Run:
         self.base = make_base(options.layers, torch.float32)
         self.ids = torch.randint(VOCABULARY, (ROWS, TOKENS))
         forward(self.base, self.ids)
-        gc.collect()
-        self.before = Peak()
-        self.before.look()
+        self.before = now()
+        with watched() as self.few:
+            forward(self.base, self.ids[:1, :16])
+        settle()
         with watched() as self.bare:
             forward(self.base, self.ids)
         width = {torch.float32: 4, torch.bfloat16: 2}[self.dtype]
@@ -136,33 +161,61 @@ class Run:
                 dtype=self.dtype,
             )  # fmt: skip
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        gc.collect()
-        after = Peak()
-        after.look()
         self.row(what, peak, self.before, seconds, cpu_seconds=round(cpu, 2))
-        self.row(f"{what}, after", after, self.before, seconds)
+        self.row(f"{what}, after", now(), self.before, seconds)
         return routed
 
     def measure(self) -> None:
         """All rows."""
         routed = self.build("first build")
+        some = self.ids[:1, :16]
         with torch.no_grad():
-            found = routed(input_ids=self.ids[:1, :16], use_cache=False).logits
+            found = routed(input_ids=some, use_cache=False).logits
+        self.forward(routed, some, "16 tokens", self.few)
         for number in range(self.options.forwards):
-            start = time.perf_counter()
-            with watched() as peak:
-                forward(routed, self.ids)
-            self.row(f"forward {number + 1}", peak, self.bare, time.perf_counter() - start)
+            self.forward(routed, self.ids, f"forward {number + 1}", self.bare)
+        self.add_one(routed, some)
         routed.remove()
         del routed
-        gc.collect()
         self.build("build again").remove()
         if self.options.check:
             self.check(found)
 
+    def add_one(self, routed: RoutedModel, ids: torch.Tensor) -> None:
+        """Row of one expert more, and of the first forward of few tokens with it."""
+        first = routed.expert(routed.experts[0])
+        expert = Expert(replace(first.expert_info, expert_name="one-more"), first.expert_weights)
+        before, start = now(), time.perf_counter()
+        routed.add_expert(expert)
+        seconds = time.perf_counter() - start
+        after, start = now(), time.perf_counter()
+        forward(routed, ids)
+        forwards = [time.perf_counter() - start]
+        later, start = now(), time.perf_counter()
+        forward(routed, ids)
+        forwards.append(time.perf_counter() - start)
+        self.row(
+            "add_expert", after, before, seconds,
+            forward_s=[round(each, 3) for each in forwards],
+            then_anon_mb=round((later.anon - after.anon) / MEGABYTE),
+        )  # fmt: skip
+
+    def forward(self, routed: RoutedModel, ids: torch.Tensor, what: str, bare: Peak) -> None:
+        """Row of one forward."""
+        before = now()
+        start = time.perf_counter()
+        with watched() as peak:
+            forward(routed, ids)
+        seconds = time.perf_counter() - start
+        own, of_base = peak.anon - before.anon, bare.anon - self.before.anon
+        self.row(what, peak, bare, seconds, transient_mb=round((own - of_base) / MEGABYTE))
+        bound = self.options.resident_gb
+        if bound is not None and peak.file - bare.file > bound * 10**9:
+            raise SystemExit(f"{what}: mapped files took more than {bound} GB")
+
     @torch.no_grad()
     def check(self, found: torch.Tensor) -> None:
-        """End the run where logits are not those of a loop over all experts."""
+        """End the run where logits are not those of a loop over the experts."""
         plain = PlainArrow(self.library, TOP_K, self.dtype)
         expected = plain.logits(self.base, self.ids[:1, :16])
         error = float((found - expected).norm() / expected.norm())

@@ -114,7 +114,8 @@ class PlainArrow:
         best = scores.topk(self.top_k, dim=1)
         gates = torch.zeros_like(scores).scatter(1, best.indices, best.values.softmax(dim=1))
         added = torch.zeros_like(of_base, dtype=torch.float32)
-        for index, own in enumerate(self.factors):
+        for index in best.indices.unique().tolist():
+            own = self.factors[index]
             parts = (own[path].a, own[path].b)
             a, b = (part.to(x.device, self.dtype).float() for part in parts)
             added += gates[:, index, None] * own[path].scaling * (x @ a.T @ b.T)
