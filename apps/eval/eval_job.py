@@ -220,8 +220,8 @@ class Evaluation:
             return
         source: Any = list(self.experts) if options.recompute else self.library
         make = RoutedModel.from_experts if options.recompute else RoutedModel.from_library
-        with (
-            make(
+        with bar("router") if options.trains_gates else nullcontext() as shown:
+            made = make(
                 source,
                 options.route or "",
                 base_model=self.base,
@@ -229,10 +229,10 @@ class Evaluation:
                 examples=self._prompts() if options.route in FITTED else None,
                 bank_files=self.bank_files,
                 gate_steps=options.gate_steps,
+                progress=shown and shown.update,
                 **options.choice,
-            ) as routed,
-            routed.tasks(task) if task else nullcontext(),
-        ):
+            )
+        with made as routed, routed.tasks(task) if task else nullcontext():
             yield routed
 
     @cached_property

@@ -109,7 +109,7 @@ class EvalOptions:
         """How many rows a router that learns is shown, for how long, and as what."""
         learns = self.route in (*LEARNERS, *FITTED)
         rows = {"router_rows": self.router_rows} if learns else {}
-        if "phatgoose" in (self.route, self.then) and self.gate_steps != GATE_STEPS:
+        if self.trains_gates and self.gate_steps != GATE_STEPS:
             rows["gate_steps"] = self.gate_steps
         return rows | ({"prompts": "whole"} if self.decides_by_prompt else {})
 
@@ -117,6 +117,11 @@ class EvalOptions:
     def decides_by_prompt(self) -> bool:
         """Whether the router needs all of a prompt to decide for a row."""
         return self.route in (*FITTED, "logo")
+
+    @property
+    def trains_gates(self) -> bool:
+        """Whether gates of each expert are trained, which takes minutes where none are kept."""
+        return "phatgoose" in (self.route, self.then)
 
     @property
     def learns_from_batches(self) -> bool:

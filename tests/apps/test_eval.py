@@ -115,9 +115,9 @@ def test_gates_are_trained_once_for_as_many_steps_as_asked_for(library, evaluate
     trained = []
     real = kinds.train_gates
 
-    def spy(base, expert, batches, *, steps):
+    def spy(base, expert, batches, *, steps, **options):
         trained.append((expert.name, steps))
-        return real(base, expert, batches, steps=steps)
+        return real(base, expert, batches, steps=steps, **options)
 
     monkeypatch.setattr(kinds, "train_gates", spy)
     phatgoose = ("--route", "phatgoose", "--router-rows", "6", "--test-rows", "2")

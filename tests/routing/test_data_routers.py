@@ -151,13 +151,13 @@ def test_gates_outlast_an_interruption(base, make_expert, monkeypatch):
     library = ExpertLibrary("virtual://gates", create=True)
     for name in ("anna", "bert"):
         library.add_expert(make_expert(name))
-    trained = []
+    trained, seen = [], []
 
-    def interrupted(base, expert, batches, *, steps):
+    def interrupted(base, expert, batches, **options):
         trained.append(expert.name)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return train_gates(base, expert, batches, steps=steps)
+        return train_gates(base, expert, batches, **options)
 
     monkeypatch.setattr(kinds, "train_gates", interrupted)
 
@@ -168,12 +168,14 @@ def test_gates_outlast_an_interruption(base, make_expert, monkeypatch):
             base_model=base,
             batches=lambda expert: make_batches(),
             gate_steps=2,
+            progress=lambda *told: seen.append(told),
         )
 
     with pytest.raises(KeyboardInterrupt):
         make()
     make().remove()
     assert trained == ["anna", "bert", "bert"]
+    assert seen == [(f"gates of {name}", n, 2) for name in ("anna", "bert") for n in range(3)]
 
 
 def test_one_expert_is_asked_for_its_data_at_a_time(base, make_expert):

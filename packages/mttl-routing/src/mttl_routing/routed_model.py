@@ -161,7 +161,8 @@ class RoutedModel(AttachedExperts):
             examples: prompts of each expert by its name (of each task, for ``lorauter``), as texts
                 or batches of token ids, for routers that are fitted on them.
             options: ``top_p``, ``threshold``, ``null`` as :class:`~mttl_routing.Choice` has them;
-                ``weights`` for ``fixed``; ``then`` for ``retrieval``. ``convert`` takes in experts
+                ``weights`` for ``fixed``; ``then`` for ``retrieval``; ``gate_steps`` for
+                ``phatgoose``, and ``progress``, told of each of those. ``convert`` takes in experts
                 of other kinds too, by :func:`~mttl_routing.as_lora`: 0 exactly, 0.05 so that no
                 module loses more than 5 % of its ΔW.
 
@@ -198,6 +199,7 @@ class RoutedModel(AttachedExperts):
 
             experts = as_loras(experts, base_model, tolerance)
         data = {"batches": batches, "examples": examples, "base_model": base_model}
+        data["progress"] = options.pop("progress", None)
         built = router_of(router, experts, library=library, **data, **options)
         routed = cls(base_model, experts, built, **settings)
         if isinstance(router, str) and not fitted:  # the data that it is fitted on is not saved

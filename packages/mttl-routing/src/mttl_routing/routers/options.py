@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mttl_adapters.progress import Progress
 from mttl_experts import Expert, ExpertLibrary
 from mttl_routing.routers.choice import Choice
 from mttl_routing.routers.data import Batch
@@ -36,6 +37,7 @@ class RouterOptions:
         examples: prompts of each expert, or of each task (``lorauter``), by its name, for routers
             that are fitted on them.
         gate_steps: of training of each expert's gates, for ``phatgoose``.
+        progress: told of each of those steps.
         then: name of a router for tokens, or one, that shares each token among the experts that
             ``retrieval`` found for its row; None is equal shares.
         base_model: what data and prompts are shown to.
@@ -55,6 +57,7 @@ class RouterOptions:
     batches: Batches | None = None
     examples: Mapping[str, Iterable[Example]] | None = None
     gate_steps: int = 100
+    progress: Progress | None = None
     then: str | Router | None = None
     base_model: Any = None
     library: ExpertLibrary | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mttl_adapters import TrainingConfig
+from mttl_adapters.progress import Progress
 from mttl_experts import Expert, lora_modules
 from mttl_routing.routers.data import Batch, routed_alone
 from mttl_routing.routers.protocol import Layer, Rows
@@ -44,6 +45,7 @@ def train_gates(
     *,
     steps: int = STEPS,
     learning_rate: float = LEARNING_RATE,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Gate vector of each module that an expert adapts, trained on its own data.
 
@@ -55,15 +57,21 @@ def train_gates(
         batches: its data, with labels, at least one.
         steps: of training.
         learning_rate: constant.
+        progress: told of each step, and whose gates are trained.
 
     Returns:
         (i,) float32 by module path.
     """
     from mttl_routing.training import train
 
+    def tell(_: str, done: int, total: int | None) -> None:
+        if progress is not None:
+            progress(f"gates of {expert.name}", done, total)
+
     held = list(batches)
     if not held:
         raise ValueError(f"no batches were given for expert {expert.name!r}; gates need some")
+    tell("", 0, steps)
     widths = {path: f.a.shape[1] for path, f in lora_modules(expert).items()}
     config = TrainingConfig(
         learning_rate=learning_rate,
@@ -72,7 +80,7 @@ def train_gates(
         max_grad_norm=0.0,
     )
     with routed_alone(base, expert, lambda device: _Sigmoid(widths, device)) as routed:
-        train(routed, [held[step % len(held)] for step in range(steps)], config)
+        train(routed, [held[step % len(held)] for step in range(steps)], config, progress=tell)
         router = routed.router
         return {
             path: vector.detach().float().cpu()
