@@ -9,7 +9,8 @@ and prints one JSON line each: the score of every task, their mean, and the mean
 that of the task's own expert. Scores are kept in the library, so a run that was stopped goes on.
 ``--routing-accuracy``, and any other option of ``apps/eval``, goes to that; a row then has the
 share of tokens that each layer sends to their own task's expert most of all.
-``--write`` puts the rows that there are into a markdown file, between the two marks of a table.
+``--write`` puts the rows that there are into a markdown file, between the two marks of a table;
+with ``--keep-rows`` beside those of other ways that stand there, if they are of the same experts.
 """
 
 import argparse
@@ -109,12 +110,31 @@ def written(text: str, name: str, table: str) -> str:
     return f"{before}{begin}\n\n{table}\n{end}{after.partition(end)[2]}"
 
 
+def kept(text: str, name: str, table: str) -> str:
+    """A table, and the rows of other ways that a markdown text has in that of this name."""
+    part = text.partition(f"<!-- table: {name} -->")[2].partition("<!-- end of table -->")[0]
+    old = [line for line in part.splitlines() if line.startswith("|")]
+    new = table.splitlines()
+    if not (old and new):
+        return table or "".join(f"{line}\n" for line in old)
+    if old[:4] != new[:4]:  # tasks, what each expert has by itself, and the base
+        sys.exit(
+            "--keep-rows: the file's table is of other tasks, rows or experts, whose scores by "
+            f"themselves are\n{old[2]}\nand here\n{new[2]}"
+        )
+    measured = {line.split("|")[1] for line in new}
+    rows = new[4:] + [line for line in old[4:] if line.split("|")[1] not in measured]
+    rows.sort(key=lambda line: -float(line.split("|")[2]))
+    return "".join(f"{line}\n" for line in new[:4] + rows)
+
+
 def main() -> None:
     """Read the options, and evaluate one way after another."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", default="local://mttldata/library")
     parser.add_argument("--ways", help="Comma list, each with its options. [default: all]")
     parser.add_argument("--write", type=Path, help="Markdown file with the two marks.")
+    parser.add_argument("--keep-rows", action="store_true", help="--write beside what is there.")
     parser.add_argument("--table", default="quality", help="Name of the table in its marks.")
     options, arguments = parser.parse_known_args()
     chosen = [way.strip() for way in options.ways.split(",")] if options.ways else ways()
@@ -123,7 +143,10 @@ def main() -> None:
         rows.append(evaluated(way, options.library, arguments))
         print(json.dumps(rows[-1]), flush=True)
         if options.write is not None:
-            text = written(options.write.read_text(), options.table, table(rows))
+            text, of_ways = options.write.read_text(), table(rows)
+            if options.keep_rows:
+                of_ways = kept(text, options.table, of_ways)
+            text = written(text, options.table, of_ways)
             if "--routing-accuracy" in arguments:
                 text = written(text, f"{options.table}, routing", accuracies(rows))
             options.write.write_text(text)
