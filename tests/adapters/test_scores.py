@@ -38,6 +38,16 @@ def test_every_set_has_its_best_in_order(kernel, sizes, features, k, absolute):
         assert all(len(set(line)) == len(line) for line in found.indices.tolist())
 
 
+@pytest.mark.parametrize("k", [2, 7, 64])
+@pytest.mark.parametrize("every", [1, 16, 64])
+def test_the_best_may_lie_side_by_side_or_at_any_distance(kernel, k, every):
+    """The screen compares lots of keys, one in 64: the best may share one or be one of each."""
+    x, keys = torch.randn(29, 40), torch.randn(64 * 8, 40)
+    keys[::every] *= 20
+    (found,) = top_k(x, Keys([keys]), k, absolute=True)
+    assert torch.equal(found.indices.sort(1).values, best(x, keys, k, True).indices.sort(1).values)
+
+
 @pytest.mark.parametrize("gap", [2**-5, 2**-7, 2**-9, 2**-11])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_near_ties_that_bfloat16_cannot_tell_apart_are_told_apart(kernel, gap, dtype):

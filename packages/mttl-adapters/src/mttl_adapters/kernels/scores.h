@@ -218,49 +218,57 @@ INLINE void screened_keys(const bf16 *x, const bf16 *keys, int64_t e, int64_t wi
     for (; key < e; key++) screened(x, keys + key * width, width, m_n, 1, to + key, step);
 }
 
-/* Best k of one token among the keys that the screen leaves; may holds padded e indices. */
-INLINE int64_t settle(const float *x, const bf16 *upper, const int16_t *lower_half,
-                      const float *screen, const float *norms, int64_t e, int64_t i, int64_t k, int absolute, float norm, float lost,
-                      int64_t *may, Best *best) {
+/* The k-th largest of the numbers in four vectors, which lose the larger ones. */
+INLINE float kth_of(__m512 *v, int64_t k) {
+    for (;; k--) {
+        __m512 all = _mm512_max_ps(_mm512_max_ps(v[0], v[1]), _mm512_max_ps(v[2], v[3]));
+        float top = _mm512_reduce_max_ps(all);
+        if (k == 1) return top;
+        for (int q = 0; q < 4; q++) {
+            unsigned equal = _mm512_cmp_ps_mask(v[q], _mm512_set1_ps(top), _CMP_EQ_OQ);
+            if (!equal) continue;
+            v[q] = _mm512_mask_mov_ps(v[q], (__mmask16)(equal & -equal), _mm512_set1_ps(-INFINITY));
+            break;
+        }
+    }
+}
+
+/* Best k of one token among the keys that the screen leaves, whose products become upper bounds.
+ *
+ * What a key must reach is the k-th largest among the best lower bounds of 64 lots of keys: k keys
+ * reach that, and no branch depends on a key. may holds padded e + 16 indices. */
+INLINE int64_t settle(const float *x, const bf16 *upper, const int16_t *lower, float *screen,
+                      const float *norms, int64_t e, int64_t i, int64_t k, int absolute, float norm,
+                      float lost, int32_t *may, Best *best) {
     int64_t padded = (e + 15) / 16 * 16, width = (i + WIDE - 1) / WIDE * WIDE, n_may = 0, held = 0;
     float sums = (float)(2 * i + 32) * 0x1p-24f, near = norm + lost;
     __m512 by_key = _mm512_set1_ps((lost + near * sums) * (1 + 1e-5f));
     __m512 by_loss = _mm512_set1_ps(near * (1 + sums) * (1 + 1e-5f));
-    __m512 tiny = _mm512_set1_ps((float)(4 * i + 4) * 0x1p-126f), top, off, size;
-    float lower[MOST];
-    for (int64_t n = 0; n < k; n++) lower[n] = -INFINITY;
-#define BOUND(c)                                                                                   \
-    size = _mm512_loadu_ps(screen + (c));                                                          \
-    if (absolute) size = _mm512_abs_ps(size);                                                      \
-    off = _mm512_fmadd_ps(by_key, _mm512_loadu_ps(norms + (c)),                                    \
-                          _mm512_fmadd_ps(by_loss, _mm512_loadu_ps(norms + padded + (c)), tiny));
-    for (int64_t c = 0; c < e; c += 16) {
-        BOUND(c)
-        size = _mm512_sub_ps(size, off);
-        top = _mm512_set1_ps(lower[k - 1]);
-        __mmask16 above = _mm512_mask_cmp_ps_mask(REAL(c, e), size, top, _CMP_GT_OQ);
-        if (!above) continue;
-        float lanes[16];
-        _mm512_storeu_ps(lanes, size);
-        for (; above; above &= (__mmask16)(above - 1)) {
-            float value = lanes[__builtin_ctz(above)];
-            int64_t place = k - 1;
-            if (!(value > lower[place])) continue;
-            for (; place > 0 && value > lower[place - 1]; place--) lower[place] = lower[place - 1];
-            lower[place] = value;
-        }
+    __m512 tiny = _mm512_set1_ps((float)(4 * i + 4) * 0x1p-126f), none = _mm512_set1_ps(-INFINITY);
+    __m512 lots[4] = {none, none, none, none};
+    for (int64_t c = 0; c < padded; c += 16) {
+        __m512 size = _mm512_loadu_ps(screen + c), *lot = lots + c / 16 % 4;
+        if (absolute) size = _mm512_abs_ps(size);
+        __m512 off = _mm512_fmadd_ps(by_key, _mm512_loadu_ps(norms + c),
+                                     _mm512_fmadd_ps(by_loss, _mm512_loadu_ps(norms + padded + c),
+                                                     tiny));
+        __m512 least = _mm512_sub_ps(size, off);
+        __mmask16 number = _mm512_mask_cmp_ps_mask(REAL(c, e), least, none, _CMP_GT_OQ);
+        *lot = _mm512_mask_max_ps(*lot, number, *lot, least);
+        _mm512_storeu_ps(screen + c, _mm512_add_ps(size, off));
     }
-    top = _mm512_set1_ps(lower[k - 1]);
-    for (int64_t c = 0; c < e; c += 16) {
-        BOUND(c)
-        size = _mm512_add_ps(size, off); /* NaN is not less than anything, so it is scored again */
-        __mmask16 above = _mm512_mask_cmp_ps_mask(REAL(c, e), size, top, _CMP_NLT_UQ);
-        for (; above; above &= (__mmask16)(above - 1)) may[n_may++] = c + __builtin_ctz(above);
+    __m512 top = _mm512_set1_ps(kth_of(lots, k));
+    __m512i key = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t c = 0; c < padded; c += 16, key = _mm512_add_epi32(key, _mm512_set1_epi32(16))) {
+        /* NaN is not less than anything, so it is scored again. */
+        __mmask16 above = _mm512_mask_cmp_ps_mask(REAL(c, e), _mm512_loadu_ps(screen + c), top,
+                                                  _CMP_NLT_UQ);
+        _mm512_storeu_si512(may + n_may, _mm512_maskz_compress_epi32(above, key));
+        n_may += __builtin_popcount(above);
     }
-#undef BOUND
     for (int64_t n = 0; n < n_may; n++) {
         int64_t from = may[n] * width;
-        offer(best, k, &held, exact(x, upper + from, lower_half + from, i), may[n], absolute);
+        offer(best, k, &held, exact(x, upper + from, lower + from, i), may[n], absolute);
     }
     return n_may;
 }
@@ -284,8 +292,8 @@ int64_t mttl_top_k(const void *x, int x_type, int64_t x_step, int64_t t, int64_t
     {
         size_t bytes = (size_t)TOKENS * (size_t)(4 * (i + widest) + 2 * width) + 8 * (size_t)widest;
         char *own = malloc(bytes + 128);
-        int64_t *may = (int64_t *)own;
-        float *rows = (float *)(may + (own ? widest : 0)), *screen = rows + TOKENS * i;
+        int32_t *may = (int32_t *)own;
+        float *rows = (float *)(may + (own ? 2 * widest : 0)), *screen = rows + TOKENS * i;
         bf16 *near = (bf16 *)(((uintptr_t)(screen + TOKENS * widest) + 63) / 64 * 64);
         if (!own) {
 #if defined(_OPENMP)
