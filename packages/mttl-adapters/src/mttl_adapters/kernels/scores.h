@@ -189,8 +189,10 @@ INLINE void screened(const bf16 *x, const bf16 *keys, int64_t width, int m_n, in
         for (int v = 0; v < KEYS; v++) sum[m][v] = _mm512_setzero_ps();
     for (int64_t c = 0; c < width; c += WIDE) {
         __m512bh of_key[KEYS];
-        for (int v = 0; v < v_n; v++)
+        for (int v = 0; v < v_n; v++) {
             of_key[v] = (__m512bh)_mm512_loadu_si512(keys + v * width + c);
+            __builtin_prefetch(keys + (v + v_n) * width + c); /* of the next call */
+        }
         for (int m = 0; m < m_n; m++) {
             __m512bh of_x = (__m512bh)_mm512_loadu_si512(x + m * width + c);
             for (int v = 0; v < v_n; v++) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], of_x, of_key[v]);
