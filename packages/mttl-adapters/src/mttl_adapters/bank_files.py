@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 
-from mttl_adapters.bank import Bank, Factors, Run
+from mttl_adapters.bank import Bank
+from mttl_adapters.layer_factors import Factors
 from mttl_adapters.mapped import (
     DTYPES,
     DamagedFileError,
@@ -25,6 +26,7 @@ from mttl_adapters.mapped import (
     write,
 )
 from mttl_adapters.resident import Bound
+from mttl_adapters.slabs import Run
 
 
 class BankFiles:

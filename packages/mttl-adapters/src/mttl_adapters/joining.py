@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from mttl_adapters.bank import Bank, Run, TensorSlab
+from mttl_adapters.bank import Bank
+from mttl_adapters.slabs import Run, TensorSlab
 
 
 def padded(bank: Bank, before: int, after: int) -> Bank:

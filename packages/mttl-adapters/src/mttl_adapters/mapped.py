@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mttl_adapters.bank import Factors
+from mttl_adapters.layer_factors import Factors
 
 FORMAT = 2
 SEAL, SEALED = "seal", struct.Struct("<III")

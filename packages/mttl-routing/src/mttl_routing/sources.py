@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mttl_adapters import BankFiles
-from mttl_adapters.bank import Bank, Run, TensorSlab
+from mttl_adapters.bank import Bank
 from mttl_adapters.finite import is_finite
+from mttl_adapters.slabs import Run, TensorSlab
 from mttl_experts import Expert, UnsupportedAdapterError, lora_modules
 from mttl_routing.cohort import check_features
 
