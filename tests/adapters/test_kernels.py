@@ -3,6 +3,7 @@
 import functools
 import itertools
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -290,14 +291,17 @@ def test_kernels_are_chosen_by_name(monkeypatch):
 @pytest.mark.parametrize(("lines", "tokens"), [(3, 1), (900, 1), (5, 40)])
 def test_plain_torch_by_rows_equals_its_loop_over_experts(ranks, lines, tokens):
     bank = make_bank(ranks)
-    several = bank.append(*next(bank.factors())).remove(6)  # the same experts, not known to lie so
-    several = several.append(torch.zeros(0, bank.in_features), torch.zeros(bank.out_features, 0), 1)
-    assert bank._in_rows
-    assert not several._in_rows
+    apart = bank
+    for expert in (0, 2, 4):  # the same experts, some in slabs of their own
+        apart = apart.replace(expert, *list(bank.factors())[expert])
+    looped = replace(bank)
+    looped.__dict__["_in_rows"] = []
+    assert [len(each._in_rows) for each in (bank, apart, looped)] == [1, 4, 0]
     x = torch.randn(lines * tokens, bank.in_features)
     chosen = make_chosen(lines, 6, 2)
     chosen = Chosen(chosen.experts, chosen.weights, tokens)
     output = torch.randn(len(x), bank.out_features)
     with kernels.using("torch"):
-        found, right = (each.add_to(output.clone(), x, chosen) for each in (bank, several))
-    torch.testing.assert_close(found, right, atol=2e-5, rtol=1e-5)
+        sums = [each.add_to(output.clone(), x, chosen) for each in (bank, apart, looped)]
+    for found in sums[:2]:
+        torch.testing.assert_close(found, sums[2], atol=2e-5, rtol=1e-5)

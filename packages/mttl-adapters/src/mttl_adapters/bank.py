@@ -160,12 +160,14 @@ class Bank(LayerFactors):
         return dtype
 
     @cached_property
-    def _in_rows(self) -> rows.Rows | None:
-        """Where each expert's rows lie, if all lie in one slab."""
-        if self.resident or len(self.slabs) != 1:
-            return None
-        slab = self.slabs[0]
-        return rows.Rows.of(slab.a, slab.b, self.runs, self.scalings)
+    def _in_rows(self) -> list[rows.Rows]:
+        """Where each expert's rows lie, slab by slab; nowhere that is known of, in mapped files."""
+        if self.resident:
+            return []
+        return [
+            rows.Rows.of(number, slab.a, slab.b, self.runs, self.scalings)
+            for number, slab in enumerate(self.slabs)
+        ]
 
     def _compiled(self, *tensors: Tensor) -> ModuleType | None:
         """The compiled kernel, if it is to take these tensors and knows all dtypes and strides."""
