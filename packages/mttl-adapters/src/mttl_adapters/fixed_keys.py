@@ -68,9 +68,10 @@ class Fixed:
 
         So one who reads both ways in turns does not wait each time.
         """
-        if self._keys is None:
-            self._keys = Room(self.copied())
-        return self._keys.buffer[: len(self)]
+        keys = self._keys  # another thread may be splitting them
+        if keys is None:
+            keys = self._keys = Room(self.copied())
+        return keys.buffer[: len(self)]
 
     def copied(self) -> Tensor:
         """The numbers as a tensor that is not kept if it was made for this."""
