@@ -38,10 +38,10 @@ at_least_1 = click.IntRange(min=1)
 # Keys of apps/eval alone, so that one config file does for both.
 EVAL_KEYS = [
     "bank_files", "density", "expert_selection", "gate_steps", "granularity", "inside", "merge",
-    "merge_options", "merge_or_route", "option", "recompute", "recompute_prototypes", "resident_gb",
-    "route",
-    "router_granularity", "router_rows", "router_temp", "routing_accuracy", "scale", "selection",
-    "strict", "temperature", "then", "threshold", "top_p", "weights",
+    "merge_options", "merge_or_route", "option", "recompute", "recompute_prototypes",
+    "resident_gb", "route", "router_granularity", "router_rows", "router_temp",
+    "routing_accuracy", "scale", "selection", "strict", "temperature", "then", "threshold",
+    "top_p", "weights",
 ]  # fmt: skip
 
 
