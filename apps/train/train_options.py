@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from mttl_experts.jobs import say
+
 # Trained when no task is named: chosen by measuring (docs/log.md), chance-level tasks left out.
 DEFAULT_TASKS = ("decimal_chain_sum", "family_relationships", "products", "word_sequence_reversal")
 DEFAULT_STEPS = 40
@@ -133,6 +135,8 @@ def _check_mixture(options: dict[str, Any]) -> None:
             f"--router {options['router']} gives every expert to every token, so --balance has "
             "nothing to even out; leave it out"
         )
+    if dense and options["top_k"]:
+        say(f"--top-k is for a router that chooses; {options['router']} gives every expert a share")
     defaults = {"router": ROUTER, "top_k": TOP_K, "balance": 0.0 if dense else BALANCE}
     for name, default in defaults.items():
         if options[name] is None:

@@ -63,6 +63,7 @@ def test_its_options_reach_the_model(train, base_folder, router):
     options = ("--router", router, "--top-k", "1", "--balance", "0", "--expert-name", "mix")
     outcome = train(*MOE, *options)
     assert outcome.exit_code == 0, outcome.output
+    assert ("--top-k is for a router that chooses" in outcome.output) == (router == "mlp")
     folder = Path("mttldata/train/mix")
     record = json.loads((folder / "routed_model.json").read_text())
     assert (record["router"]["name"], record["router"]["options"]["top_k"]) == (router, 1)
