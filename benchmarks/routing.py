@@ -366,6 +366,8 @@ def main() -> None:
     shapes = SHAPES[options.shapes]
     options.layers = options.layers or shapes.layers
     options.rows = options.rows or (shapes.decode_rows if options.decode else ROWS)
+    if options.named and options.no_peers:
+        parser.error("--named is compared with PEFT's mixed batch; leave out --no-peers")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
     torch.set_num_threads(options.threads)
