@@ -25,16 +25,15 @@ from typing import Any
 from mttl_routing import MERGES, ROUTERS
 
 ROOT = Path(__file__).parents[1]
-# Takes two experts, or weights that only the caller knows; fixed needs to be told the expert.
-LEFT_OUT = {"slerp", "weighted", "task", "fixed"}
+# Takes two experts, or weights that only the caller knows; fixed needs to be told the expert; the
+# others are second names.
+LEFT_OUT = {"slerp", "weighted", "task", "fixed", "avg_act", "rkhs"}
 
 
 def ways() -> list[str]:
     """Every way, as ``apps/eval`` takes it."""
     merges = [f"merge {name}" for name in MERGES if name not in LEFT_OUT]
-    # apps/train --moe has those that learn.
-    ready = [name for name, kind in ROUTERS.items() if not kind.learned]
-    return merges + [f"route {name}" for name in ready if name not in LEFT_OUT]
+    return merges + [f"route {name}" for name in ROUTERS if name not in LEFT_OUT]
 
 
 def evaluated(way: str, library: str, arguments: list[str]) -> dict[str, Any]:

@@ -78,14 +78,14 @@ TRAIN_KEYS = [
 @click.option(
     "--router-rows",
     type=click.IntRange(min=1),
-    help="Training rows of each expert that centroid, phatgoose, seqr, predictor, lorauter and "
-    "retrieval learn from. [default: 64]",
+    help="Training rows of each expert that centroid, phatgoose, seqr, predictor, lorauter, "
+    "retrieval and routers that are trained learn from. [default: 64]",
 )
 @click.option(
     "--gate-steps",
     type=click.IntRange(min=1),
-    help="Training steps of each expert's gates, for phatgoose; kept in the library. "
-    "[default: 100]",
+    help="Training steps of each expert's gates (phatgoose), or of the router (softmax, "
+    "product_key, mlp, poly, mhr); what they give is kept in the library. [default: 100]",
 )
 @click.option(
     "--then",

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 import torch
-from eval_options import FITTED, EvalOptions
+from eval_options import BY_TASK, FITTED, EvalOptions
 from eval_routing import in_words, over_tasks, routing_accuracy
 from rich.table import Table
 
@@ -124,6 +124,7 @@ class Evaluation:
             library, self.base, options.batch_size, options.recompute, (PromptError,)
         )
         self._datasets: dict[str, DatasetLibrary] = {}
+        self._router: Any = None  # made when first asked for
 
     def task(self, task: str) -> dict[str, Any]:
         """Scores of one task: base, base with two examples, its own expert, and the one model."""
@@ -220,18 +221,24 @@ class Evaluation:
             return
         source: Any = list(self.experts) if options.recompute else self.library
         make = RoutedModel.from_experts if options.recompute else RoutedModel.from_library
-        with bar("router") if options.trains_gates else nullcontext() as shown:
+        learning: dict[str, Any] = {}
+        if self._router is None:
+            batches = self._batches if options.learns_from_batches else None
+            examples = self._prompts() if options.route in FITTED else None
+            learning = {"batches": batches, "examples": examples, "gate_steps": options.gate_steps}
+        trains = learning and options.trains_gates
+        with bar("router") if trains else nullcontext() as shown:
             made = make(
                 source,
-                options.route or "",
+                self._router or options.route or "",
+                combine=options.combine,
                 base_model=self.base,
-                batches=self._batches if options.learns_from_batches else None,
-                examples=self._prompts() if options.route in FITTED else None,
                 bank_files=self.bank_files,
-                gate_steps=options.gate_steps,
                 progress=shown and shown.update,
                 **options.choice,
+                **learning,
             )
+        self._router = made.router
         with made as routed, routed.tasks(task) if task else nullcontext():
             yield routed
 
@@ -264,6 +271,7 @@ class Evaluation:
             self._writer(expert).examples(rows),
             min(self.options.batch_size, ROUTER_BATCH),
             pad_id=self.base.tokenizer.pad_token_id,
+            tasks=[row.task_name for row in rows] if self.options.route in BY_TASK else None,
         )
 
     def _writer(self, expert: Expert) -> PromptWriter:

@@ -27,14 +27,26 @@ OLDER = {
     "oracle": (None, "oracle"),
 }
 IN_DISTRIBUTION = "in_distribution"
+OTHER_NAMES = ("avg_act", "rkhs")
 # Settings of routers that choose by scores, and what they are by default.
 CHOOSING = {"top_k": 4, "temperature": 1.0, "top_p": None, "threshold": None, "granularity": None}
-CHOOSERS = ("arrow", "spectr", "seqr", "phatgoose", "centroid", "avg_act")
-# Routers for whole rows that take how many experts alone.
-COUNTING = ("logo", "retrieval")
+READY = ("arrow", "spectr", "seqr", "phatgoose", "centroid", "avg_act")
+# Those that are trained, with all experts at once, on the experts' own data; the last two go by the
+# task of a row, and the very last averages factors.
+TRAINED = tuple(name for name, kind in ROUTERS.items() if kind.learned)
+BY_TASK = ("poly", "mhr")
+CHOOSERS = (*READY, *(name for name in TRAINED if name not in ("mlp", *BY_TASK)))
+# The settings that each router takes; the first two of the others, which decide for whole rows,
+# take how many experts alone.
+TAKES = {
+    **dict.fromkeys(CHOOSERS, tuple(CHOOSING)),
+    **dict.fromkeys(("logo", "retrieval"), ("top_k",)),
+    **dict.fromkeys(BY_TASK, ("granularity",)),
+    "mlp": ("temperature", "granularity"),
+}
 # Routers that learn from rows of the experts' own data, those that are fitted on prompts of it, and
 # how many rows of each expert's by default.
-LEARNERS = ("phatgoose", "centroid", "avg_act", "seqr")
+LEARNERS = ("phatgoose", "centroid", "avg_act", "seqr", *TRAINED)
 FITTED = ("predictor", "lorauter", "retrieval")
 ROUTER_ROWS = 64
 GATE_STEPS = 100
@@ -98,8 +110,7 @@ class EvalOptions:
     @property
     def choice(self) -> dict[str, Any]:
         """Settings of a router that chooses; those that are off are left out."""
-        names = CHOOSING if self.route in CHOOSERS else ()
-        names = ("top_k",) if self.route in COUNTING else names
+        names = TAKES.get(str(self.route), ())
         names = (*names, "then") if self.route == "retrieval" else names
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
@@ -119,9 +130,14 @@ class EvalOptions:
         return self.route in (*FITTED, "logo")
 
     @property
+    def combine(self) -> str:
+        """What is summed, outputs or factors; the paper of ``mhr`` defines it for factors alone."""
+        return "before" if self.route == "mhr" else "after"
+
+    @property
     def trains_gates(self) -> bool:
-        """Whether gates of each expert are trained, which takes minutes where none are kept."""
-        return "phatgoose" in (self.route, self.then)
+        """Whether something is trained for the router, which takes minutes where none is kept."""
+        return "phatgoose" in (self.route, self.then) or self.route in TRAINED
 
     @property
     def learns_from_batches(self) -> bool:
@@ -157,12 +173,7 @@ def check(**options: Any) -> EvalOptions:
         raise click.UsageError("--merge and --route are two ways to one model; give one")
     _known(options["merge"], "--merge", MERGES)
     _known(options["route"], "--route", ROUTERS)
-    if options["route"] and ROUTERS[options["route"]].learned:
-        raise click.UsageError(
-            f"--route {options['route']} is a router that learns, and a library holds no trained "
-            "one; train it by mttl_routing.train, or with new experts by `apps/train --moe 8`"
-        )
-    _known(options["then"], "--then", CHOOSERS)
+    _known(options["then"], "--then", READY)
     if options["then"] and options["route"] != "retrieval":
         raise click.UsageError("--then is for --route retrieval")
     if options["bank_files"] and not options["route"]:
@@ -172,11 +183,11 @@ def check(**options: Any) -> EvalOptions:
     if options["route"] == "fixed":
         raise click.UsageError("--route fixed is one expert: --merge uniform --selection NAME")
     for name, default in CHOOSING.items():
-        routers = (*CHOOSERS, *COUNTING) if name == "top_k" else CHOOSERS
+        routers = tuple(router for router, takes in TAKES.items() if name in takes)
         _default(options, name, default, routers)
     _default(options, "router_rows", ROUTER_ROWS, (*LEARNERS, *FITTED))
     if options["gate_steps"] is not None and options["then"] != "phatgoose":
-        _default(options, "gate_steps", GATE_STEPS, ("phatgoose",))
+        _default(options, "gate_steps", GATE_STEPS, ("phatgoose", *TRAINED))
     options["gate_steps"] = options["gate_steps"] or GATE_STEPS
     options["merge_options"] = key_values(options["merge_options"])
     if options["merge"] == "weighted" and not options["weights"]:
@@ -217,7 +228,7 @@ def _default(options: dict[str, Any], name: str, default: Any, routers: tuple[st
     """Set what was not given; say so where what was given has no use."""
     if options[name] is not None and options["route"] not in routers:
         way = options["merge"] or options["route"] or "the base"
-        whose = ", ".join(router for router in routers if router != "avg_act")
+        whose = ", ".join(router for router in routers if router not in OTHER_NAMES)
         say(f"--{name.replace('_', '-')} is for --route {whose}; {way} does without it")
     options[name] = default if options[name] is None else options[name]
 

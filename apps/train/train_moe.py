@@ -94,6 +94,7 @@ def _train(
                 batches,
                 mixture.training,
                 experts=True,
+                router_learning_rate=options.router_learning_rate,
                 balance=options.balance,
                 validation=validation,
                 checkpoint=checkpoint,

@@ -78,6 +78,13 @@ class TrainOptions:
         """How experts of the mixture are combined."""
         return "before" if self.by_task else "after"
 
+    @property
+    def router_learning_rate(self) -> float | None:
+        """Peak rate of the router of the mixture, where it is not that of its experts."""
+        from mttl_routing import Poly
+
+        return Poly.learning_rate if self.by_task else None
+
 
 def check(**options: Any) -> TrainOptions:
     """The options as one object.

@@ -75,9 +75,13 @@ def mixture_plan(options: TrainOptions, data: DatasetLibrary, base: BaseModel) -
             "top_k": options.top_k,
             "balance": options.balance,
         }
-        | ({"combine": options.combine} if options.by_task else {}),
+        | (_of_tasks(options) if options.by_task else {}),
     }
     return replace(plan, name=check_expert_name(options.expert_name or "moe"), recipe=recipe)
+
+
+def _of_tasks(options: TrainOptions) -> dict[str, Any]:
+    return {"combine": options.combine, "router_learning_rate": options.router_learning_rate}
 
 
 def is_there(plan: Plan, library: ExpertLibrary, replace: bool) -> bool:

@@ -118,9 +118,3 @@ def test_what_does_not_go_together_is_said(train, arguments, said):
     outcome = train(*arguments)
     assert outcome.exit_code != 0
     assert said in " ".join(outcome.output.replace("│", " ").split())
-
-
-def test_a_router_that_learns_is_no_way_to_evaluate_a_library(app):
-    outcome = app("eval", "--route", "softmax")
-    assert outcome.exit_code != 0
-    assert "apps/train --moe" in outcome.output

@@ -50,13 +50,17 @@ def test_the_custom_router_equals_a_slow_loop(base, mixed_experts, tokens, tmp_p
         torch.testing.assert_close(found[token], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_example_of_a_router_that_learns_runs(base, mixed_experts, tokens, tmp_path, blocks):
+@pytest.mark.parametrize("router", ["phatgoose", "softmax"])
+def test_the_examples_of_routers_that_are_shown_data_run(
+    base, mixed_experts, tokens, tmp_path, blocks, router
+):
     library = ExpertLibrary(f"local://{tmp_path}/library", create=True)
     library.add_expert(mixed_experts[0])
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     names = {"library": library, "base": base, "batches": {"anna": [batch]}}
-    exec(f"from mttl_routing import RoutedModel\n{blocks[1]}", names)
-    with names["model"] as model, torch.no_grad():
+    (text,) = (b for b in blocks if f'"{router}"' in b and "batches=batches" in b)
+    exec(f"from mttl_routing import RoutedModel\n{text}", names)
+    with names.get("model") or names["routed"] as model, torch.no_grad():
         assert model(tokens).logits.shape == (3, 9, 61)
 
 
@@ -67,7 +71,8 @@ def test_the_example_of_training_runs(base, mixed_experts, tokens, tmp_path, blo
         library.add_expert(expert)
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     names = {"library": library, "base": base, "mixture": [batch] * 2}
-    exec(blocks[3], names)
+    (text,) = (block for block in blocks if "train(" in block)
+    exec(text, names)
     names["again"].remove()
     for name, value in names["routed"].router.state_dict().items():
         assert torch.equal(value, names["again"].router.state_dict()[name])

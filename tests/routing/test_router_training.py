@@ -10,29 +10,19 @@ from mttl_adapters import Bank, Chosen, TrainingConfig, kernels, mean_loss
 from mttl_experts import Expert
 from mttl_routing import (
     RoutedModel,
-    apply_expert,
     load_balance,
     mutual_information,
     task_information,
     train,
 )
+from tests.routing.two_kinds import accuracy, ids_of, rows_of, two_experts
 
 FAST = TrainingConfig(learning_rate=3e-2, scheduler="constant", warmup_proportion=0.0)
-KINDS = (slice(2, 5), slice(31, 34))  # token ids of two kinds
 
 
 @pytest.fixture(scope="module")
 def experts(make_expert):
-    """Two that change the last thing the model does, so that a wrong one costs much."""
-    return [
-        make_expert(name, targets=("down_proj",), layers=(1,), size=1.0)
-        for name in ("anna", "bert")
-    ]
-
-
-def ids_of(kind: int, rows: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + 10 * kind)
-    return torch.randint(KINDS[kind].start, KINDS[kind].stop, (rows, 8), generator=generator)
+    return two_experts(make_expert)
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +30,9 @@ def mixture(base, experts):
     """Batches whose labels are what one of the two experts says, by the kind of a row's tokens."""
     batches = []
     for step in range(40):
-        own = [ids_of(kind, 4, seed=100 * step) for kind in range(2)]
-        labels = []
-        for ids, expert in zip(own, experts, strict=True):
-            with torch.no_grad(), apply_expert(base, expert) as routed:
-                said = routed(ids).logits.argmax(-1)
-            labels.append(torch.cat([torch.full((4, 1), -100), said[:, :-1]], dim=1))
-        batches.append(
-            {
-                "input_ids": torch.cat(own),
-                "attention_mask": torch.ones(8, 8, dtype=torch.long),
-                "labels": torch.cat(labels),
-                "task_names": ("anna",) * 4 + ("bert",) * 4,
-            }
-        )
+        own = [rows_of(base, expert, kind, 100 * step) for kind, expert in enumerate(experts)]
+        batch = {name: torch.cat([rows[name] for rows in own]) for name in own[0]}
+        batches.append(batch | {"task_names": ("anna",) * 4 + ("bert",) * 4})
     return batches
 
 
@@ -65,18 +44,6 @@ def assert_same(one, other) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
-
-
-def accuracy(routed) -> float:
-    """Share of tokens, not learned from, of which the expert of their kind gets the most."""
-    right = []
-    for kind, name in enumerate(("anna", "bert")):
-        with routed.trace() as trace, torch.no_grad():
-            routed(ids_of(kind, 16, seed=7), task_names=name)
-        table = trace.table()
-        own = [w for w, who in zip(table["weight"], table["expert"], strict=True) if who == name]
-        right += [weight > 0.5 for weight in own]
-    return sum(right) / len(right)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +72,37 @@ def test_the_same_seed_gives_the_same_router(base, experts, mixture):
             assert torch.equal(torch.get_rng_state(), state)
             found.append(weights_of(routed))
     assert_same(*found)
+
+
+def test_a_router_and_its_experts_may_train_at_two_speeds(base, experts, mixture):
+    first = {expert.name: expert.expert_weights for expert in experts}
+    moved = {}
+    for rate in (0.1, None):
+        config = TrainingConfig(learning_rate=1e-4, scheduler="constant", warmup_proportion=0.0)
+        with RoutedModel.from_experts(experts, "poly", base_model=base) as routed:
+            before = weights_of(routed)
+            train(routed, mixture[:1], config, experts=True, router_learning_rate=rate)
+            ways = [(weights_of(routed)[name], value) for name, value in before.items()]
+            ways += [
+                (value, first[name.split()[0]][name.split()[1]])
+                for name, value in experts_of(routed).items()
+            ]
+            moved[rate] = [(now - then).abs().max().item() for now, then in ways]
+    # The first step of Adam is the learning rate, wherever there is a gradient.
+    assert moved[0.1][0] == pytest.approx(0.1, rel=1e-3)
+    assert moved[None][0] == pytest.approx(1e-4, rel=1e-2)
+    for of_experts in (moved[0.1][1:], moved[None][1:]):
+        assert max(of_experts) == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_without_a_config_the_router_has_its_own_rate(base, experts, mixture):
+    for name, rate in (("poly", 0.1), ("softmax", 1e-3)):
+        with RoutedModel.from_experts(experts, name, 2, base_model=base) as routed:
+            before = weights_of(routed)
+            train(routed, mixture[:2], experts=True)
+            steps = [(weights_of(routed)[key] - value).abs().max() for key, value in before.items()]
+            # Two steps of a linear schedule: the whole rate and half of it.
+            assert max(steps).item() == pytest.approx(1.5 * rate, rel=0.1)
 
 
 class StoppedError(Exception):

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ def train_parameters(
     config: TrainingConfig,
     *,
     objective: Objective = Objective(),  # noqa: B008
+    rates: Mapping[str, float] = MappingProxyType({}),
     validation: Sequence[Batch] = (),
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 10.0,
@@ -69,6 +71,7 @@ def train_parameters(
         batches: one a step.
         config: optimiser and schedule.
         objective: what is minimised.
+        rates: peak learning rates of those parameters, by name, that do not move at the config's.
         validation: batches whose loss picks the numbers to keep.
         checkpoint: file to save to and to go on from; the caller removes it when done.
         checkpoint_seconds: at least this long lies between two saves.
@@ -80,7 +83,7 @@ def train_parameters(
     """
     if not batches:
         raise ValueError("there are no batches to train on; the task has no training rows")
-    run = _Run(model, parameters, len(batches), config, objective, validation, checkpoint)
+    run = _Run(model, parameters, len(batches), config, objective, rates, validation, checkpoint)
     run.resume()
     saved = time.monotonic()
     for step in range(run.step, len(batches)):
@@ -130,6 +133,7 @@ class _Run:
         n_steps: int,
         config: TrainingConfig,
         objective: Objective,
+        rates: Mapping[str, float],
         validation: Sequence[Batch],
         checkpoint: Path | None,
     ) -> None:
@@ -138,8 +142,12 @@ class _Run:
         self.model, self.config, self.objective = model, config, objective
         self.validation, self.checkpoint = validation, checkpoint
         self.trained = dict(parameters)
+        groups: dict[float, list[Tensor]] = {}
+        for name, parameter in self.trained.items():
+            groups.setdefault(rates.get(name, config.learning_rate), []).append(parameter)
         self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+            [{"params": members, "lr": rate} for rate, members in groups.items()],
+            weight_decay=config.weight_decay,
         )
         self.n_steps = n_steps
         self.schedule = get_scheduler(

@@ -23,7 +23,8 @@ from mttl_routing.attachment import base_of
 from mttl_routing.building import known_base, load_base, router_of
 from mttl_routing.call import Generation, call_of, resumed, set_call
 from mttl_routing.cohort import Experts, check_one_base, experts_of
-from mttl_routing.routers import AnyRouter, Batches
+from mttl_routing.learning import learn
+from mttl_routing.routers import ROUTERS, AnyRouter, Batches, RouterOptions
 from mttl_routing.routers.embedding import Example
 from mttl_routing.saving import Made, check_base, imported, load, save
 from mttl_routing.sources import source_of
@@ -158,13 +159,16 @@ class RoutedModel(AttachedExperts):
                 tokenizer or template; else that is a warning which names both digests.
             batches: data of each expert, for routers that learn from it (``centroid``,
                 ``phatgoose``, a calibrated ``seqr``): by its name, or by a function of the expert.
+                ``softmax`` and other routers that :func:`train` trains are trained on them here,
+                and begin untrained without.
             examples: prompts of each expert by its name (of each task, for ``lorauter``), as texts
                 or batches of token ids, for routers that are fitted on them.
             options: ``top_p``, ``threshold``, ``null`` as :class:`~mttl_routing.Choice` has them;
-                ``weights`` for ``fixed``; ``then`` for ``retrieval``; ``gate_steps`` for
-                ``phatgoose``, and ``progress``, told of each of those. ``convert`` takes in experts
-                of other kinds too, by :func:`~mttl_routing.as_lora`: 0 exactly, 0.05 so that no
-                module loses more than 5 % of its ΔW.
+                ``weights`` for ``fixed``; ``then`` for ``retrieval``; ``gate_steps`` of training of
+                each gate (``phatgoose``) or the router, and ``progress``, told of each of those;
+                ``seed``, ``hidden``, ``tasks`` and ``heads`` of one that is trained. ``convert``
+                takes in experts of other kinds too, by :func:`~mttl_routing.as_lora`: 0 exactly,
+                0.05 so that no module loses more than 5 % of its ΔW.
 
         Raises:
             IncompatibleExpertError: an expert is for another base, or does not fit this one.
@@ -198,12 +202,18 @@ class RoutedModel(AttachedExperts):
             from mttl_routing.conversion import as_loras
 
             experts = as_loras(experts, base_model, tolerance)
-        data = {"batches": batches, "examples": examples, "base_model": base_model}
-        data["progress"] = options.pop("progress", None)
-        built = router_of(router, experts, library=library, **data, **options)
-        routed = cls(base_model, experts, built, **settings)
-        if isinstance(router, str) and not fitted:  # the data that it is fitted on is not saved
+        data: dict[str, Any] = {"batches": batches, "examples": examples, "base_model": base_model}
+        data |= {"library": library, "progress": options.pop("progress", None)}
+        routed = cls(base_model, experts, router_of(router, experts, **data, **options), **settings)
+        learned = isinstance(router, str) and ROUTERS[router].learned
+        if isinstance(router, str) and (learned or not fitted):  # else its data is not saved
             routed._made = Made(router, options)
+        if learned and batches is not None:
+            try:
+                learn(routed, str(router), RouterOptions(**data, **options))
+            except BaseException:
+                routed.remove()
+                raise
         return routed
 
     # As a folder.

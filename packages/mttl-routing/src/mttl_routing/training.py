@@ -30,15 +30,17 @@ if TYPE_CHECKING:
     from mttl_routing.routed_model import RoutedModel
 
 TASKS = "task_names"
-ROUTER_TRAINING = TrainingConfig(learning_rate=1e-3)
+# Routers whose parameters are of another size say theirs, as an attribute ``learning_rate``.
+LEARNING_RATE = 1e-3
 
 
 def train(
     routed: RoutedModel,
     mixture: Sequence[Mapping[str, Any]],
-    config: TrainingConfig = ROUTER_TRAINING,
+    config: TrainingConfig | None = None,
     *,
     experts: bool = False,
+    router_learning_rate: float | None = None,
     balance: float = 0.0,
     information: float = 0.0,
     task_information: float = 0.0,
@@ -64,8 +66,11 @@ def train(
         routed: what is trained; the experts that are switched off stay out of it.
         mixture: batches with ``input_ids``, ``attention_mask``, ``labels`` (b, s; -100 is no loss)
             and, where the router goes by them, ``task_names``, one a row.
-        config: optimiser, schedule and seed.
+        config: optimiser, schedule and seed; None is :class:`TrainingConfig` for the experts, and
+            for the router its own learning rate: 0.1 for ``poly`` and ``mhr``, else 1e-3.
         experts: whether the experts are trained as well.
+        router_learning_rate: peak rate of the router's parameters, where it is not the config's:
+            the two-speed learning rate of Polytropon.
         balance: weight of the load-balance loss.
         information: weight of the mutual information of expert and token.
         task_information: weight of that of expert and task; batches then need ``task_names``.
@@ -78,14 +83,19 @@ def train(
         ValueError: there is nothing to train, or nothing to train on, or no gates to balance.
         DivergedError: a loss or a weight became infinite or no number.
     """
+    if config is None:
+        config = TrainingConfig()
+        router_learning_rate = router_learning_rate or learning_rate_of(routed.router)
     before = routed._hooks.roster
     learning = _learnable(before) if experts else before
-    parameters = _router_parameters(routed.router) | _expert_parameters(learning, experts)
+    of_router = _router_parameters(routed.router)
+    parameters = of_router | _expert_parameters(learning, experts)
     if not parameters:
         raise ValueError(
             f"router {type(routed.router).__name__} has no parameters, so there is nothing to "
             "train; give one that has, such as 'softmax', or train experts=True"
         )
+    rates = {} if router_learning_rate is None else dict.fromkeys(of_router, router_learning_rate)
     was_training = routed.model.training
     objective = _objective(routed, _Weights(balance, information, task_information))
     with seeded(routed, config.seed), _frozen(routed.model):
@@ -93,8 +103,9 @@ def train(
             routed._hooks.roster = learning
             routed.train()
             report = train_parameters(
-                routed, parameters, mixture, config, objective=objective, validation=validation,
-                checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, progress=progress,
+                routed, parameters, mixture, config, objective=objective, rates=rates,
+                validation=validation, checkpoint=checkpoint,
+                checkpoint_seconds=checkpoint_seconds, progress=progress,
             )  # fmt: skip
         finally:
             routed._hooks.roster = before
@@ -103,6 +114,11 @@ def train(
         for expert in _trained(learning):
             routed.replace_expert(expert)
     return report
+
+
+def learning_rate_of(router: Any) -> float:
+    """The rate that a router's parameters train by, where nothing else is said."""
+    return float(getattr(router, "learning_rate", LEARNING_RATE))
 
 
 class _Weights(NamedTuple):

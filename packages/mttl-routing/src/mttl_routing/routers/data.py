@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,17 +19,21 @@ from mttl_routing.routers.protocol import Layer, Router, Rows
 if TYPE_CHECKING:
     from mttl_routing.routed_model import RoutedModel
 
-Batch = Mapping[str, Tensor]
-"""``input_ids``, ``attention_mask`` and ``labels``, as a transformers model takes them."""
+Batch = Mapping[str, Any]
+"""``input_ids``, ``attention_mask`` and ``labels``, as a transformers model takes them, and
+``task_names``, one a row, where a router wants them."""
 
 See = Callable[[str, Tensor], None]
 
 
 def data_digest(batches: Iterable[Batch]) -> str:
-    """SHA-256 of all tensors of the batches, in hex."""
+    """SHA-256 of all that is in the batches, in hex."""
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):
+            if not isinstance(batch[name], Tensor):
+                digest.update(f"{name} {json.dumps(batch[name])}\n".encode())
+                continue
             tensor = batch[name].detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.view(torch.uint8).numpy().tobytes())
@@ -80,9 +85,9 @@ def routed_alone(
             model.train(training)
 
 
-def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     """The batch on a device."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 class _Watching:

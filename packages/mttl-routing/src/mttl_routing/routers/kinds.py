@@ -90,6 +90,8 @@ def _retrieval(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
     if isinstance(tokens, str):
         if tokens not in ROUTERS:
             raise ValueError(f"no router {tokens!r}; there are {', '.join(map(repr, ROUTERS))}")
+        if ROUTERS[tokens].learned:
+            raise ValueError(f"router {tokens!r} learns; give then= one that is trained, itself")
         made = ROUTERS[tokens].build(experts, options)
         if not isinstance(made, Router):
             raise ValueError(

@@ -36,7 +36,8 @@ class RouterOptions:
         batches: data of each expert, for routers that learn from it.
         examples: prompts of each expert, or of each task (``lorauter``), by its name, for routers
             that are fitted on them.
-        gate_steps: of training of each expert's gates, for ``phatgoose``.
+        gate_steps: of training of each expert's gates, for ``phatgoose``; of the whole router, for
+            those that learn and are given ``batches``.
         progress: told of each of those steps.
         then: name of a router for tokens, or one, that shares each token among the experts that
             ``retrieval`` found for its row; None is equal shares.

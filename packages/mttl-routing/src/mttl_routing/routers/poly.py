@@ -33,6 +33,8 @@ class Poly(LearnedRouter):
     """
 
     per_expert = ("logits",)
+    learning_rate = 0.1
+    """Of Z, whose numbers go from about 0 to some units; the paper's is larger than the skills'."""
 
     def __init__(
         self,
