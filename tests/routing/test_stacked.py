@@ -47,3 +47,18 @@ def test_replacing_for_ever_takes_no_more_memory_and_gives_the_newest():
         assert len(stacked._stacks["q"].rows) <= 7
         expected = torch.stack([vectors(n)["v"] for n in (0, seed, 2)])
         assert torch.equal(rows_of(stacked, "v", ["a", "b", "c"]), expected)
+
+
+def test_what_is_left_when_an_expert_went_is_copied_once_and_the_old_let_go():
+    stacked = Stacked({name: vectors(n) for n, name in enumerate("abcd")}, same)
+    for left, changed in (
+        (["a", "c", "d"], stacked.changed({}, ("b",))),
+        (["a", "b", "c", "d"], stacked.changed({"b": vectors(7)}, ("b",))),
+    ):
+        some = changed.rows("q", left[:2])  # as while the others are switched off
+        assert changed.rows("q", left[:2]) is not some
+        rows = changed.rows("q", left)
+        assert changed.rows("q", left) is rows
+        assert changed._stacks["q"].rows is rows
+        assert len(rows) == len(left)
+    assert stacked.rows("q", list("abcd")) is stacked._stacks["q"].rows

@@ -34,7 +34,7 @@ class _Stack(NamedTuple):
 
 
 class Stacked:
-    """One vector (i,) for each module of each expert. It never changes; :meth:`changed` does.
+    """One vector (i,) for each module of each expert; :meth:`changed` gives another of these.
 
     Args:
         vectors: by expert name and module path; those that a library keeps are read expert by
@@ -72,12 +72,18 @@ class Stacked:
         }
 
     def rows(self, module: str, names: Sequence[str]) -> Fixed:
-        """(n, i), the vectors of these experts in this order: the stack itself, or a copy."""
+        """(n, i), the vectors of these experts in this order: the stack itself, or a copy.
+
+        A copy in which all experts are is the stack from then on, so that none is kept beside it.
+        """
         stack = self._stacks[module]
         if stack.names == tuple(names):
             return stack.rows
-        place = {name: row for row, name in enumerate(stack.names)}
-        return Fixed(stack.rows.copied()[[place[name] for name in names]])
+        place = {name: row for row, name in enumerate(stack.names) if name is not None}
+        rows = Fixed(stack.rows.copied()[[place[name] for name in names]])
+        if len(names) == len(place):
+            self._stacks[module] = _Stack(tuple(names), rows)
+        return rows
 
     def changed(self, added: Mapping[str, Vectors], removed: Iterable[str]) -> Stacked:
         """The same with the vectors of some more experts, and none of others.
