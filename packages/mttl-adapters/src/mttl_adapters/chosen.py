@@ -20,8 +20,8 @@ class Chosen:
 
     Attributes:
         experts: (l, k) int64, indices into a bank; :data:`NONE` is no expert.
-        weights: (l, k) float, what each is multiplied by, its own scaling aside. Gradients reach
-            every one of them that has an expert, those of 0 as well.
+        weights: (l, k) float, finite, what each is multiplied by, its own scaling aside. Gradients
+            reach every one of them that has an expert, those of 0 as well.
         tokens: how many tokens each line speaks for. Tokens follow one another, so the rows of a
             batch that share a sequence length are lines of that many tokens.
     """

@@ -34,7 +34,8 @@ class Rows:
             elsewhere; None where all lie here.
         places: (n, r) int64, the rows of each of this slab's experts, r the largest rank; what pads
             a rank are some of its rows again.
-        scalings: (n, r) float, of each of those, and 0 for what pads a rank.
+        scalings: (n + 1, r) float, of each of those, and 0 for what pads a rank; the last line is
+            all 0, since that is what :data:`NONE`, -1, finds there.
     """
 
     a: Tensor
@@ -58,6 +59,7 @@ class Rows:
         ranks = torch.tensor([runs[expert].rank for expert in here]).unsqueeze(1)
         place = torch.arange(int(ranks.max()))
         scaled = torch.tensor([scalings[e] for e in here]).unsqueeze(1) * (place < ranks)
+        scaled = torch.cat([scaled, torch.zeros_like(scaled[:1])])
         places = (starts + place.minimum(ranks - 1)).clamp(min=0)
         return cls(a, b, numbers, places.to(a.device), scaled.to(a.device))
 
@@ -69,8 +71,8 @@ class Rows:
 
     def bags(self, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (n, k r) of the experts (n, k), and what each counts; 0 for what pads a rank."""
-        weights = weights.masked_fill(experts < 0, 0).unsqueeze(2)
-        return self.places[experts].flatten(1), (self.scalings[experts] * weights).flatten(1)
+        scaled = self.scalings[experts] * weights.unsqueeze(2)
+        return self.places[experts].flatten(1), scaled.flatten(1)
 
     def update(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """What the experts (n, k) of each token make of it, (n, o)."""
@@ -102,19 +104,27 @@ def add_to(out: Tensor, x: Tensor, slabs: Sequence[Rows], chosen: Chosen) -> Ten
             _by_line(out, x, rows, chosen)
         return out
     chosen = chosen.each()
-    most, *others = slabs
-    for some in range(0, len(out), TOKENS):
-        part = slice(some, some + TOKENS)
-        tokens, experts, weights = x[part], chosen.experts[part], chosen.weights[part]
-        update = most.update(tokens, most.found(experts), weights)
-        for rows in others:
-            found = rows.found(experts)
-            those = (found >= 0).any(1).nonzero().squeeze(1)
-            if len(those):
-                theirs = rows.update(tokens[those], found[those], weights[those])
-                update.index_add_(0, those, theirs)
-        out[part].add_(update)
+    if len(out) <= TOKENS:
+        _by_token(out, x, chosen.experts, chosen.weights, slabs)
+        return out
+    for first in range(0, len(out), TOKENS):
+        part = slice(first, first + TOKENS)
+        _by_token(out[part], x[part], chosen.experts[part], chosen.weights[part], slabs)
     return out
+
+
+def _by_token(
+    out: Tensor, x: Tensor, experts: Tensor, weights: Tensor, slabs: Sequence[Rows]
+) -> None:
+    """For some tokens, few enough to hold what the experts of one slab make of all of them."""
+    most, *others = slabs
+    update = most.update(x, most.found(experts), weights)
+    for rows in others:
+        found = rows.found(experts)
+        those = (found >= 0).any(1).nonzero().squeeze(1)
+        if len(those):
+            update.index_add_(0, those, rows.update(x[those], found[those], weights[those]))
+    out.add_(update)
 
 
 def _by_line(out: Tensor, x: Tensor, rows: Rows, chosen: Chosen) -> None:
