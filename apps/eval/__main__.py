@@ -85,7 +85,8 @@ TRAIN_KEYS = [
     "--gate-steps",
     type=click.IntRange(min=1),
     help="Training steps of each expert's gates (phatgoose), or of the router (softmax, "
-    "product_key, mlp, poly, mhr); what they give is kept in the library. [default: 100]",
+    "product_key, mlp, poly, mhr); what they give is kept in the library. [default: 100, and at "
+    "least one for each expert]",
 )
 @click.option(
     "--then",

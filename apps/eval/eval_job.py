@@ -228,16 +228,24 @@ class Evaluation:
             learning = {"batches": batches, "examples": examples, "gate_steps": options.gate_steps}
         trains = learning and options.trains_gates
         with bar("router") if trains else nullcontext() as shown:
-            made = make(
-                source,
-                self._router or options.route or "",
-                combine=options.combine,
-                base_model=self.base,
-                bank_files=self.bank_files,
-                progress=shown and shown.update,
-                **options.choice,
-                **learning,
-            )
+            try:
+                made = make(
+                    source,
+                    self._router or options.route or "",
+                    combine=options.combine,
+                    base_model=self.base,
+                    bank_files=self.bank_files,
+                    progress=shown and shown.update,
+                    **options.choice,
+                    **learning,
+                )
+            except ValueError as error:
+                if options.combine == "after":
+                    raise
+                raise click.UsageError(
+                    f"--route {options.route} averages factors, slice by slice, and these "
+                    f"experts or this base do not allow it ({error}); --route poly sums outputs"
+                ) from error
         self._router = made.router
         with made as routed, routed.tasks(task) if task else nullcontext():
             yield routed
@@ -269,7 +277,7 @@ class Evaluation:
         """Rows with their answers, as the expert was trained on such."""
         return Batches(
             self._writer(expert).examples(rows),
-            min(self.options.batch_size, ROUTER_BATCH),
+            ROUTER_BATCH,
             pad_id=self.base.tokenizer.pad_token_id,
             tasks=[row.task_name for row in rows] if self.options.route in BY_TASK else None,
         )

@@ -31,13 +31,12 @@ OTHER_NAMES = ("avg_act", "rkhs")
 # Settings of routers that choose by scores, and what they are by default.
 CHOOSING = {"top_k": 4, "temperature": 1.0, "top_p": None, "threshold": None, "granularity": None}
 READY = ("arrow", "spectr", "seqr", "phatgoose", "centroid", "avg_act")
-# Those that are trained, with all experts at once, on the experts' own data; the last two go by the
-# task of a row, and the very last averages factors.
+# Those that are trained, for all experts at once, on the experts' own data; and those of them that
+# go by a row's task.
 TRAINED = tuple(name for name, kind in ROUTERS.items() if kind.learned)
 BY_TASK = ("poly", "mhr")
 CHOOSERS = (*READY, *(name for name in TRAINED if name not in ("mlp", *BY_TASK)))
-# The settings that each router takes; the first two of the others, which decide for whole rows,
-# take how many experts alone.
+# The settings that each router takes; logo and retrieval decide for whole rows.
 TAKES = {
     **dict.fromkeys(CHOOSERS, tuple(CHOOSING)),
     **dict.fromkeys(("logo", "retrieval"), ("top_k",)),
@@ -49,7 +48,6 @@ TAKES = {
 LEARNERS = ("phatgoose", "centroid", "avg_act", "seqr", *TRAINED)
 FITTED = ("predictor", "lorauter", "retrieval")
 ROUTER_ROWS = 64
-GATE_STEPS = 100
 # Settings that some merge methods have; the method's own defaults where not given.
 MERGING = ("density", "inside", "scale")
 
@@ -67,7 +65,7 @@ class EvalOptions:
     threshold: float | None
     granularity: str | None
     router_rows: int
-    gate_steps: int
+    gate_steps: int | None
     then: str | None
     bank_files: str | None
     resident_gb: float | None
@@ -120,7 +118,7 @@ class EvalOptions:
         """How many rows a router that learns is shown, for how long, and as what."""
         learns = self.route in (*LEARNERS, *FITTED)
         rows = {"router_rows": self.router_rows} if learns else {}
-        if self.trains_gates and self.gate_steps != GATE_STEPS:
+        if self.trains_gates and self.gate_steps is not None:
             rows["gate_steps"] = self.gate_steps
         return rows | ({"prompts": "whole"} if self.decides_by_prompt else {})
 
@@ -131,7 +129,10 @@ class EvalOptions:
 
     @property
     def combine(self) -> str:
-        """What is summed, outputs or factors; the paper of ``mhr`` defines it for factors alone."""
+        """What is summed: outputs, so that ranks may differ, but factors where a router must.
+
+        Polytropon averages factors too, of experts that were trained so; a library's were not.
+        """
         return "before" if self.route == "mhr" else "after"
 
     @property
@@ -186,9 +187,13 @@ def check(**options: Any) -> EvalOptions:
         routers = tuple(router for router, takes in TAKES.items() if name in takes)
         _default(options, name, default, routers)
     _default(options, "router_rows", ROUTER_ROWS, (*LEARNERS, *FITTED))
-    if options["gate_steps"] is not None and options["then"] != "phatgoose":
-        _default(options, "gate_steps", GATE_STEPS, ("phatgoose", *TRAINED))
-    options["gate_steps"] = options["gate_steps"] or GATE_STEPS
+    if options["then"] != "phatgoose":
+        _default(options, "gate_steps", None, ("phatgoose", *TRAINED))
+    if options["top_k"] == 1 and options["route"] in TRAINED and options["route"] in CHOOSERS:
+        raise click.UsageError(
+            f"--route {options['route']} learns from how a token's experts share it, so --top-k 1 "
+            "would teach it nothing; give 2 or more"
+        )
     options["merge_options"] = key_values(options["merge_options"])
     if options["merge"] == "weighted" and not options["weights"]:
         raise click.UsageError("--merge weighted takes --weights NAME=NUMBER,NAME=NUMBER")
@@ -209,13 +214,17 @@ def check(**options: Any) -> EvalOptions:
     for name in ("benchmarks", "task_source", "template_type"):
         options[name] = tuple(p.strip() for p in (options[name] or "").split(",") if p.strip())
     own = [name for name in options["benchmarks"] if name == IN_DISTRIBUTION]
-    others = [name for name in options["benchmarks"] if name != IN_DISTRIBUTION]
-    options["benchmarks"] = (*own, *benchmark_names(others))
+    foreign = [name for name in options["benchmarks"] if name != IN_DISTRIBUTION]
+    options["benchmarks"] = (*own, *benchmark_names(foreign))
     if options["metric"] is not None and options["metric"] not in METRICS:
         raise click.UsageError(
             f"--metric {options['metric']!r} is not known; there are {', '.join(METRICS)}"
         )
-    if options["route"] in ("oracle", "task") and set(options["benchmarks"]) - {IN_DISTRIBUTION}:
+    if options["route"] in BY_TASK and foreign:
+        say(
+            f"a benchmark is no task of the experts: {options['route']} gives it the mean of theirs"
+        )
+    if options["route"] in ("oracle", "task") and foreign:
         raise click.UsageError(
             f"--route {options['route']} goes by the experts' own tasks, and a benchmark is none "
             "of them; choose another router"

@@ -9,11 +9,12 @@ import torch
 
 from mttl_experts.jobs import percent
 from mttl_routing import RoutedModel
+from mttl_routing.routers.data import on_device
 
 
 @torch.no_grad()
 def routing_accuracy(
-    routed: RoutedModel, batches: Iterable[Mapping[str, torch.Tensor]], own: Collection[str]
+    routed: RoutedModel, batches: Iterable[Mapping[str, Any]], own: Collection[str]
 ) -> dict[str, float]:
     """Share of the tokens, by layer, whose highest weight is that of one of a task's own experts.
 
@@ -24,7 +25,7 @@ def routing_accuracy(
     """
     with routed.trace() as trace:
         for batch in batches:
-            routed(**{name: tensor.to(routed.device) for name, tensor in batch.items()})
+            routed(**on_device(batch, routed.device))
     return {layer: sum(best[name] for name in own) for layer, best in trace.best().items()}
 
 

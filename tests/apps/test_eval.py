@@ -4,9 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mttl_experts import ExpertLibrary
-from mttl_routing import MERGES
+from mttl_routing import MERGES, learning
 from mttl_routing.routers import Predictor, kinds
 from mttl_storage import Repository
 
@@ -73,7 +74,7 @@ def test_the_oracle_is_each_expert_on_its_own_task(library, evaluate):
         ("--route", "retrieval", "--then", "arrow", "--top-k", "2", "--router-rows", "6"),
         ("--route", "logo", "--top-k", "1"),
         ("--route", "seqr", "--top-k", "1", "--router-rows", "6"),
-        ("--route", "softmax", "--top-k", "1", "--router-rows", "6", "--gate-steps", "2"),
+        ("--route", "softmax", "--top-k", "2", "--router-rows", "6", "--gate-steps", "2"),
         ("--route", "product_key", "--router-rows", "6", "--gate-steps", "2", "--recompute"),
         ("--route", "mlp", "--temperature", "2", "--router-rows", "6", "--gate-steps", "2"),
         ("--route", "poly", "--granularity", "model", "--router-rows", "6", "--gate-steps", "2"),
@@ -136,6 +137,40 @@ def test_gates_are_trained_once_for_as_many_steps_as_asked_for(library, evaluate
     trained.clear()
     evaluate(*phatgoose, "--gate-steps", "2", "--recompute")
     assert sorted(trained) == [("copy_first", 2), ("copy_last", 2)]
+
+
+@pytest.mark.parametrize("router", ["softmax", "poly"])
+def test_a_router_is_trained_once_for_all_tasks_and_kept(library, evaluate, monkeypatch, router):
+    trained = []
+    real = learning.train
+
+    def spy(routed, mixture, *args, **kwargs):
+        trained.append([len(batch["labels"]) for batch in mixture])
+        return real(routed, mixture, *args, **kwargs)
+
+    monkeypatch.setattr(learning, "train", spy)
+    way = ("--route", router, "--router-rows", "12", "--gate-steps", "3", "--test-rows", "4")
+    for more in ((), ("--batch-size", "2"), ("--routing-accuracy", "--recompute")):
+        outcome = evaluate(*way, *more)
+        assert outcome.exit_code == 0, outcome.output
+    assert [len(sizes) for sizes in trained] == [3, 3]  # in the second run it is there
+    assert set(trained[0]) == {4, 8}
+    assert results()["routing"]
+
+
+def test_mhr_of_experts_of_several_ranks_is_one_clear_line(library, evaluate):
+    wide = library["copy_last"]
+    config = dict(wide.expert_info.expert_config)
+    config["r"] *= 2
+    weights = {
+        name: torch.cat([value, value], dim=0 if ".lora_A." in name else 1)
+        for name, value in wide.expert_weights.items()
+    }
+    info = replace(wide.expert_info, expert_config=config)
+    library.replace_expert(replace(wide, expert_info=info, expert_weights=weights))
+    outcome = evaluate("--route", "mhr", "--test-rows", "2")
+    assert isinstance(outcome.exception, SystemExit), outcome.exception
+    assert "--route poly sums outputs" in " ".join(outcome.output.split())
 
 
 @pytest.mark.parametrize(
@@ -281,6 +316,7 @@ def test_the_same_base_in_another_folder_is_the_same_base(
         (("--merge", "uniform", "--bank-files", "cache"), ("--bank-files is for --route",)),
         (("--route", "arrow", "--resident-gb", "1"), ("--bank-files",)),
         (("--route", "fixed"), ("--selection",)),
+        (("--route", "softmax", "--top-k", "1"), ("softmax", "2 or more")),
         (("--route", "retrieval", "--then", "softmax"), ("'softmax'", "arrow")),
         (("--merge", "weighted"), ("--weights",)),
         (("--merge", "ties", "--option", "gama=1"), ("gama", "density")),

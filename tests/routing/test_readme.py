@@ -60,7 +60,7 @@ def test_the_examples_of_routers_that_are_shown_data_run(
     names = {"library": library, "base": base, "batches": {"anna": [batch]}}
     (text,) = (b for b in blocks if f'"{router}"' in b and "batches=batches" in b)
     exec(f"from mttl_routing import RoutedModel\n{text}", names)
-    with names.get("model") or names["routed"] as model, torch.no_grad():
+    with names["model"] as model, torch.no_grad():
         assert model(tokens).logits.shape == (3, 9, 61)
 
 

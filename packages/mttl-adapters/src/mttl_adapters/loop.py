@@ -200,10 +200,11 @@ class _Run:
 
     def check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
+            rates = [f"{group['initial_lr']:g}" for group in self.optimizer.param_groups]
             raise DivergedError(
                 f"training diverged: the {what} is {value} after {self.step} of {self.n_steps} "
-                f"steps at learning rate {self.config.learning_rate:g}; lower the learning rate, "
-                "or use a number format of wider range"
+                f"steps at learning rate {' and '.join(rates)}; lower the learning rate, or use a "
+                "number format of wider range"
             )
 
     def save(self, path: Path) -> None:

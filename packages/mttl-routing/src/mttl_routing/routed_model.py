@@ -23,10 +23,10 @@ from mttl_routing.attachment import base_of
 from mttl_routing.building import known_base, load_base, router_of
 from mttl_routing.call import Generation, call_of, resumed, set_call
 from mttl_routing.cohort import Experts, check_one_base, experts_of
-from mttl_routing.learning import learn
+from mttl_routing.learning import learn, settings_of
 from mttl_routing.routers import ROUTERS, AnyRouter, Batches, RouterOptions
 from mttl_routing.routers.embedding import Example
-from mttl_routing.saving import Made, check_base, imported, load, save
+from mttl_routing.saving import Made, check_base, imported, load, parameters_of, save
 from mttl_routing.sources import source_of
 
 if TYPE_CHECKING:
@@ -164,11 +164,12 @@ class RoutedModel(AttachedExperts):
             examples: prompts of each expert by its name (of each task, for ``lorauter``), as texts
                 or batches of token ids, for routers that are fitted on them.
             options: ``top_p``, ``threshold``, ``null`` as :class:`~mttl_routing.Choice` has them;
-                ``weights`` for ``fixed``; ``then`` for ``retrieval``; ``gate_steps`` of training of
-                each gate (``phatgoose``) or the router, and ``progress``, told of each of those;
-                ``seed``, ``hidden``, ``tasks`` and ``heads`` of one that is trained. ``convert``
-                takes in experts of other kinds too, by :func:`~mttl_routing.as_lora`: 0 exactly,
-                0.05 so that no module loses more than 5 % of its ΔW.
+                ``weights`` for ``fixed``; ``then`` for ``retrieval``; ``gate_steps`` of the
+                optimiser for each expert's gates (``phatgoose``, 100) or the whole router (at least
+                100), and ``progress``, told of each; ``seed``, ``hidden``, ``tasks`` and ``heads``
+                of a router that is trained. ``convert`` takes in experts of other kinds too, by
+                :func:`~mttl_routing.as_lora`: 0 exactly, 0.05 so that no module loses more than 5 %
+                of its ΔW.
 
         Raises:
             IncompatibleExpertError: an expert is for another base, or does not fit this one.
@@ -206,14 +207,16 @@ class RoutedModel(AttachedExperts):
         data |= {"library": library, "progress": options.pop("progress", None)}
         routed = cls(base_model, experts, router_of(router, experts, **data, **options), **settings)
         learned = isinstance(router, str) and ROUTERS[router].learned
-        if isinstance(router, str) and (learned or not fitted):  # else its data is not saved
-            routed._made = Made(router, options)
         if learned and batches is not None:
             try:
-                learn(routed, str(router), RouterOptions(**data, **options))
+                learn(routed, RouterOptions(**data, **options))
             except BaseException:
                 routed.remove()
                 raise
+        if learned:
+            routed._made = Made(str(router), settings_of(routed.router, options))
+        elif isinstance(router, str) and not fitted:  # the data that it is fitted on is not saved
+            routed._made = Made(router, options)
         return routed
 
     # As a folder.
@@ -288,7 +291,7 @@ class RoutedModel(AttachedExperts):
         base = base_of(base_model)
         check_base(saved, base, base.fingerprint or fingerprint(base.model))
         if saved.state:
-            router.load_state_dict(saved.state)  # type: ignore[union-attr]
+            router.load_state_dict(parameters_of(saved, router))  # type: ignore[union-attr]
         routed = cls(
             base_model, saved.experts, router, bank_files=bank_files, tokenizer=tokenizer,
             **saved.settings,

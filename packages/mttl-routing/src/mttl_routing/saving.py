@@ -189,6 +189,14 @@ def imported(saved: Saved, folder: Path, trust: bool) -> Any:
         ) from error
 
 
+def parameters_of(saved: Saved, router: Any) -> dict[str, Any]:
+    """What was saved of a router's parameters, but for modules that no expert adapts any more."""
+    if saved.made.name is None:
+        return saved.state
+    known = router.state_dict()
+    return {name: value for name, value in saved.state.items() if name in known}
+
+
 def check_base(saved: Saved, base: Base, fingerprint: str) -> None:
     """Refuse another base than the routed model was saved with; warn where its weights differ.
 

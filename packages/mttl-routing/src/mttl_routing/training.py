@@ -25,12 +25,12 @@ from mttl_routing.call import Call, Gates
 from mttl_routing.losses import load_balance, mutual_information, task_information
 from mttl_routing.roster import Roster
 from mttl_routing.routers import Layer, Rows
+from mttl_routing.routers.learned import ScoringRouter
 
 if TYPE_CHECKING:
     from mttl_routing.routed_model import RoutedModel
 
 TASKS = "task_names"
-# Routers whose parameters are of another size say theirs, as an attribute ``learning_rate``.
 LEARNING_RATE = 1e-3
 
 
@@ -67,7 +67,8 @@ def train(
         mixture: batches with ``input_ids``, ``attention_mask``, ``labels`` (b, s; -100 is no loss)
             and, where the router goes by them, ``task_names``, one a row.
         config: optimiser, schedule and seed; None is :class:`TrainingConfig` for the experts, and
-            for the router its own learning rate: 0.1 for ``poly`` and ``mhr``, else 1e-3.
+            for the router its own learning rate: its attribute ``learning_rate`` if it has one (0.1
+            in ``poly`` and ``mhr``), else 1e-3.
         experts: whether the experts are trained as well.
         router_learning_rate: peak rate of the router's parameters, where it is not the config's:
             the two-speed learning rate of Polytropon.
@@ -85,7 +86,10 @@ def train(
     """
     if config is None:
         config = TrainingConfig()
-        router_learning_rate = router_learning_rate or learning_rate_of(routed.router)
+        if router_learning_rate is None:
+            router_learning_rate = learning_rate_of(routed.router)
+    if router_learning_rate is not None and router_learning_rate <= 0:
+        raise ValueError(f"router_learning_rate is {router_learning_rate!r}; it must be above 0")
     before = routed._hooks.roster
     learning = _learnable(before) if experts else before
     of_router = _router_parameters(routed.router)
@@ -95,9 +99,16 @@ def train(
             f"router {type(routed.router).__name__} has no parameters, so there is nothing to "
             "train; give one that has, such as 'softmax', or train experts=True"
         )
+    gate_losses = _Weights(balance, information, task_information)
+    if not experts and not any(gate_losses) and _is_deaf(routed.router):
+        raise ValueError(
+            "a router that keeps one expert a token gives it all the weight, whatever it scores, "
+            "so this training would teach it nothing; take top_k=2, or a balance loss"
+        )
     rates = {} if router_learning_rate is None else dict.fromkeys(of_router, router_learning_rate)
     was_training = routed.model.training
-    objective = _objective(routed, _Weights(balance, information, task_information))
+    router_was_training = getattr(routed.router, "training", False)
+    objective = _objective(routed, gate_losses)
     with seeded(routed, config.seed), _frozen(routed.model):
         try:
             routed._hooks.roster = learning
@@ -110,6 +121,8 @@ def train(
         finally:
             routed._hooks.roster = before
             routed.train(was_training)
+            if isinstance(routed.router, nn.Module):
+                routed.router.train(router_was_training)
     if experts:
         for expert in _trained(learning):
             routed.replace_expert(expert)
@@ -119,6 +132,11 @@ def train(
 def learning_rate_of(router: Any) -> float:
     """The rate that a router's parameters train by, where nothing else is said."""
     return float(getattr(router, "learning_rate", LEARNING_RATE))
+
+
+def _is_deaf(router: Any) -> bool:
+    """Whether the loss of the tokens says nothing to a router: its one weight is always 1."""
+    return isinstance(router, ScoringRouter) and router.choice.top_k == 1
 
 
 class _Weights(NamedTuple):

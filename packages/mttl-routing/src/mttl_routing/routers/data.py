@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mttl_adapters.base_models import fingerprint
 from mttl_experts import Expert
+from mttl_experts.plain import plain
 from mttl_routing.attachment import base_of
 from mttl_routing.routers.protocol import Layer, Router, Rows
 
@@ -32,7 +33,7 @@ def data_digest(batches: Iterable[Batch]) -> str:
     for batch in batches:
         for name in sorted(batch):
             if not isinstance(batch[name], Tensor):
-                digest.update(f"{name} {json.dumps(batch[name])}\n".encode())
+                digest.update(f"{name} {json.dumps(plain(batch[name], name))}\n".encode())
                 continue
             tensor = batch[name].detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -52,7 +52,7 @@ def _centroid(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
 
 
 def _phatgoose(experts: Sequence[Expert], options: RouterOptions) -> AnyRouter:
-    steps = options.gate_steps
+    steps = phatgoose.STEPS if options.gate_steps is None else options.gate_steps
     recipe = phatgoose.RECIPE | {"steps": steps, "lr": phatgoose.LEARNING_RATE}
     make = partial(train_gates, steps=steps, progress=options.progress)
     vectors = _from_data("phatgoose", experts, options, recipe, make, together=False)

@@ -36,8 +36,9 @@ class RouterOptions:
         batches: data of each expert, for routers that learn from it.
         examples: prompts of each expert, or of each task (``lorauter``), by its name, for routers
             that are fitted on them.
-        gate_steps: of training of each expert's gates, for ``phatgoose``; of the whole router, for
-            those that learn and are given ``batches``.
+        gate_steps: optimiser steps of each expert's gates, for ``phatgoose`` (100 by default); of
+            the whole router, for those that learn and are given ``batches`` (100, or as many as
+            there are experts).
         progress: told of each of those steps.
         then: name of a router for tokens, or one, that shares each token among the experts that
             ``retrieval`` found for its row; None is equal shares.
@@ -57,7 +58,7 @@ class RouterOptions:
     heads: int = 4
     batches: Batches | None = None
     examples: Mapping[str, Iterable[Example]] | None = None
-    gate_steps: int = 100
+    gate_steps: int | None = None
     progress: Progress | None = None
     then: str | Router | None = None
     base_model: Any = None

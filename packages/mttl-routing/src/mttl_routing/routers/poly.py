@@ -34,7 +34,8 @@ class Poly(LearnedRouter):
 
     per_expert = ("logits",)
     learning_rate = 0.1
-    """Of Z, whose numbers go from about 0 to some units; the paper's is larger than the skills'."""
+    """Of Z, whose numbers go from about 0 to some units; in the paper, too, it is larger than that
+    of the skills."""
 
     def __init__(
         self,

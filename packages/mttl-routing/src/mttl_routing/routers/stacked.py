@@ -74,7 +74,7 @@ class Stacked:
     def rows(self, module: str, names: Sequence[str]) -> Fixed:
         """(n, i), the vectors of these experts in this order: the stack itself, or a copy.
 
-        A copy in which all experts are is the stack from then on, so that none is kept beside it.
+        A copy that holds all experts replaces the stack, so that none is kept beside it.
         """
         stack = self._stacks[module]
         if stack.names == tuple(names):
