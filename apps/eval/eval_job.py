@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from eval_options import BY_TASK, FITTED, EvalOptions
+from eval_data import ExpertsData
+from eval_options import FITTED, EvalOptions
 from eval_routing import in_words, over_tasks, routing_accuracy
 from rich.table import Table
 
@@ -21,18 +21,10 @@ from mttl_adapters import (
     load_base_model,
 )
 from mttl_data import (
-    Batches,
     BenchmarkScore,
-    DatasetLibrary,
-    HeldOut,
     PromptError,
-    PromptWriter,
-    Row,
     check_benchmarks,
-    context_length,
     evaluate_benchmarks,
-    held_out,
-    open_dataset,
 )
 from mttl_experts import (
     Expert,
@@ -52,8 +44,6 @@ from mttl_experts.jobs import (
 )
 from mttl_routing import RoutedModel, apply_expert, check_one_base, merge
 
-# Rows that a router learns from at once.
-ROUTER_BATCH = 8
 COLUMNS = ("base", "base_two_shot", "expert", "model")
 
 
@@ -123,7 +113,7 @@ class Evaluation:
         self.scoring = Scoring(
             library, self.base, options.batch_size, options.recompute, (PromptError,)
         )
-        self._datasets: dict[str, DatasetLibrary] = {}
+        self.data = ExpertsData(options, library, experts, self.base)
         self._router: Any = None  # made when first asked for
 
     def task(self, task: str) -> dict[str, Any]:
@@ -132,10 +122,10 @@ class Evaluation:
             self.library.get_experts_for_task(task),
             key=lambda expert: (len(expert.expert_info.tasks), expert.name),
         )
-        asked = self._held_out(task, expert)
+        asked = self.data.held_out(task, expert)
         base = self.scoring.score(asked, "base", nullcontext(self.base))
         shots = self.scoring.score_if_possible(
-            self._held_out(task, expert, TWO_SHOT),
+            self.data.held_out(task, expert, TWO_SHOT),
             f"base with {TWO_SHOT} examples",
             nullcontext(self.base),
         )
@@ -160,7 +150,7 @@ class Evaluation:
         if self.options.routing_accuracy:
             names = [each.name for each in self.library.get_experts_for_task(task)]
             with self._mixture(task) as routed:
-                rows = self._written(expert, asked.rows)
+                rows = self.data.written(expert, asked.rows)
                 row["routing"] = routing_accuracy(routed, rows, names)
         return row
 
@@ -223,8 +213,8 @@ class Evaluation:
         make = RoutedModel.from_experts if options.recompute else RoutedModel.from_library
         learning: dict[str, Any] = {}
         if self._router is None:
-            batches = self._batches if options.learns_from_batches else None
-            examples = self._prompts() if options.route in FITTED else None
+            batches = self.data.batches if options.learns_from_batches else None
+            examples = self.data.prompts() if options.route in FITTED else None
             learning = {"batches": batches, "examples": examples, "gate_steps": options.gate_steps}
         trains = learning and options.trains_gates
         with bar("router") if trains else nullcontext() as shown:
@@ -258,74 +248,6 @@ class Evaluation:
             self.options.bank_files, resident_bytes=None if bound is None else int(bound * 10**9)
         )
 
-    def _prompts(self) -> dict[str, list[dict[str, torch.Tensor]]]:
-        """What a router is fitted on, as the model is asked: of each expert, or task (lorauter)."""
-        found: dict[str, list[dict[str, torch.Tensor]]] = {}
-        for expert in self.experts:
-            writer = self._writer(expert)
-            for row in self._router_rows(expert):
-                whose = row.task_name if self.options.route == "lorauter" else expert.name
-                ids = torch.tensor([writer.prompt(row).input_ids])
-                found.setdefault(whose, []).append({"input_ids": ids})
-        return found
-
-    def _batches(self, expert: Expert) -> Batches:
-        """The rows of an expert that a router learns from."""
-        return self._written(expert, self._router_rows(expert))
-
-    def _written(self, expert: Expert, rows: Sequence[Row]) -> Batches:
-        """Rows with their answers, as the expert was trained on such."""
-        return Batches(
-            self._writer(expert).examples(rows),
-            ROUTER_BATCH,
-            pad_id=self.base.tokenizer.pad_token_id,
-            tasks=[row.task_name for row in rows] if self.options.route in BY_TASK else None,
-        )
-
-    def _writer(self, expert: Expert) -> PromptWriter:
-        """Writes rows as those were that the expert was trained on."""
-        options, trained = self.options, expert.expert_info.training_config or {}
-        return PromptWriter(
-            self.base.tokenizer,
-            max_length=context_length(self.base.model),
-            max_input_length=options.max_input_length or trained.get("max_input_length"),
-            max_output_length=options.max_output_length or trained.get("max_output_length"),
-        )
-
-    def _router_rows(self, expert: Expert) -> list[Row]:
-        """The first training rows of an expert, the same number of each of its tasks."""
-        options, trained = self.options, expert.expert_info.training_config or {}
-        filters = trained.get("filters") or {}
-        dataset, tasks = self._dataset(expert), expert.expert_info.tasks
-        each = -(-options.router_rows // max(1, len(tasks)))
-        rows = [
-            row
-            for task in tasks
-            for row in dataset.rows(
-                task,
-                "train",
-                options.task_source or filters.get("task_source", ()),
-                options.template_type or filters.get("template_type", ()),
-            )[:each]
-        ]
-        return rows[: options.router_rows]
-
-    def _held_out(self, task: str, expert: Expert, n_shots: int = 0) -> HeldOut:
-        """Test rows, chosen and cut as for the task's own expert where options say nothing."""
-        options, trained = self.options, expert.expert_info.training_config or {}
-        filters = trained.get("filters") or {}
-        return held_out(
-            self._dataset(expert),
-            task,
-            n_shots=n_shots,
-            limit=options.test_rows,
-            metric=options.metric,
-            task_source=options.task_source or filters.get("task_source", ()),
-            template_type=options.template_type or filters.get("template_type", ()),
-            max_input_length=options.max_input_length or trained.get("max_input_length"),
-            max_output_length=options.max_output_length or trained.get("max_output_length"),
-        )
-
     def _harness(self, who: str, context: Any, names: Sequence[str]) -> dict[str, BenchmarkScore]:
         with context as model, bar(f"benchmarks: {who}") as shown:
             return evaluate_benchmarks(
@@ -336,28 +258,6 @@ class Evaluation:
                 limit=self.options.test_rows,
                 progress=shown.update,
             )
-
-    def _dataset(self, expert: Expert) -> DatasetLibrary:
-        recorded = (expert.expert_info.training_config or {}).get("dataset")
-        name = self.options.dataset or recorded
-        if name is None:
-            raise click.UsageError(
-                f"expert {expert.name!r} does not say which dataset it was trained on; "
-                "name it with --dataset"
-            )
-        if name not in self._datasets:
-            tasks = None if name == "starter" else self._tasks_of(name)
-            with bar(f"tasks of {name}") as shown:
-                self._datasets[name] = open_dataset(name, tasks, shown.update)
-        return self._datasets[name]
-
-    def _tasks_of(self, dataset: str) -> list[str]:
-        """Tasks of the experts that were trained on a dataset; all, where one was named for all."""
-        if self.options.dataset:
-            return list(self.library.tasks)
-        infos = [expert.expert_info for expert in self.experts]
-        from_it = [i for i in infos if (i.training_config or {}).get("dataset") == dataset]
-        return sorted({task for info in from_it for task in info.tasks})
 
     def _load(self) -> BaseModel:
         options = self.options
