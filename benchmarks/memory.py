@@ -10,7 +10,9 @@ is made where there is none. Memory is that of the process beyond the base model
 16, and of 8 x 256 tokens runs, less that of the base's own; ``share`` is the two together over the
 size of the factors, and ``transient_mb`` what the peak is above what was there before, less the
 same of the base: all layers share it, so none takes more. What the C library holds free is given
-back before each row (``malloc_trim``): the base's own forwards leave 30 to 120 MB of that.
+back before each row (``malloc_trim``): the base's own forwards leave 30 to 120 MB of that. With
+``MALLOC_MMAP_THRESHOLD_=65536`` in the environment it gives back each tensor at once, so that a
+peak is what was asked for, not what lay between; forwards are slower then.
 
 Each row is one JSON line: the first build, forwards, one expert more (what it adds to the memory
 that was there; the first forward of 16 tokens after it, and the second), and a build with
@@ -260,7 +262,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    if not options.library.exists():
+    if not options.library.exists() or not any(options.library.iterdir()):
         dtype = getattr(torch, options.dtype)
         make_library(str(options.library), options.experts, RANK, options.layers, dtype)
         os.sync()  # so that nothing that is measured waits for it
