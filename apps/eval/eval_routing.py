@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from mttl_adapters.loop import moved
 from mttl_experts.jobs import percent
 from mttl_routing import RoutedModel
-from mttl_routing.routers.data import on_device
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def routing_accuracy(
     """
     with routed.trace() as trace:
         for batch in batches:
-            routed(**on_device(batch, routed.device))
+            routed(**moved(batch, routed.device))
     return {layer: sum(best[name] for name in own) for layer, best in trace.best().items()}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mttl_adapters.base_models import fingerprint
+from mttl_adapters.loop import moved
 from mttl_experts import Expert
 from mttl_experts.plain import plain
 from mttl_routing.attachment import base_of
@@ -59,7 +60,7 @@ def watch(base: Any, expert: Expert, batches: Iterable[Batch], see: See) -> None
         empty = True
         for batch in batches:
             empty = False
-            batch = on_device(batch, routed.device)
+            batch = moved(batch, routed.device)
             routed.router.masks = _masks(batch)
             inputs: dict[str, Any] = dict(batch)
             if not getattr(routed.config, "is_encoder_decoder", False):
@@ -84,11 +85,6 @@ def routed_alone(
             yield routed
         finally:
             model.train(training)
-
-
-def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch on a device."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 class _Watching:
